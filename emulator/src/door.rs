@@ -1,0 +1,91 @@
+//! A listening port that can be shut and opened again under the same number.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::mpsc;
+
+/// Connections that wait to be accepted; a test may open hundreds at once.
+const BACKLOG: u32 = 1024;
+
+/// What the listening task is told to do. It answers on `done`, so that the caller knows it is in force.
+pub(crate) struct DoorCommand {
+    pub(crate) open: bool,
+    pub(crate) done: std::sync::mpsc::SyncSender<io::Result<()>>,
+}
+
+pub(crate) struct Door {
+    addr: SocketAddr,
+    state: DoorState,
+}
+
+enum DoorState {
+    Open(TcpListener),
+    /// Bound but not listening: connects are refused, and nobody else is given the port.
+    Shut {
+        _holder: TcpSocket,
+    },
+}
+
+impl Door {
+    /// Listens on 127.0.0.1; port 0: any free one.
+    pub(crate) fn open(port: u16) -> io::Result<Door> {
+        let listener = bound(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?.listen(BACKLOG)?;
+        Ok(Door { addr: listener.local_addr()?, state: DoorState::Open(listener) })
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Accepts for ever, obeying the commands that come in between.
+    pub(crate) async fn run(
+        mut self,
+        mut commands: mpsc::UnboundedReceiver<DoorCommand>,
+        on_connection: impl Fn(TcpStream),
+    ) {
+        loop {
+            let command = match &self.state {
+                DoorState::Shut { .. } => commands.recv().await,
+                DoorState::Open(listener) => match crate::race(commands.recv(), listener.accept()).await {
+                    Err(Ok((stream, _))) => {
+                        on_connection(stream);
+                        continue;
+                    }
+                    Err(Err(_)) => {
+                        // Out of descriptors, most likely: without a pause this loop would burn a core.
+                        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                        continue;
+                    }
+                    Ok(command) => command,
+                },
+            };
+            let Some(command) = command else { return };
+            let outcome = self.switch(command.open);
+            // The caller may have given up waiting.
+            let _ = command.done.send(outcome);
+        }
+    }
+
+    fn switch(&mut self, open: bool) -> io::Result<()> {
+        let state = match (&self.state, open) {
+            (DoorState::Open(_), true) | (DoorState::Shut { .. }, false) => return Ok(()),
+            // Both sockets exist for a moment: the port never is up for grabs.
+            (DoorState::Shut { .. }, true) => DoorState::Open(bound(self.addr)?.listen(BACKLOG)?),
+            (DoorState::Open(_), false) => {
+                // A socket cannot be bound beside a listening one, so the listener has to go first.
+                self.state = DoorState::Shut { _holder: TcpSocket::new_v4()? };
+                DoorState::Shut { _holder: bound(self.addr)? }
+            }
+        };
+        self.state = state;
+        Ok(())
+    }
+}
+
+fn bound(addr: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    Ok(socket)
+}

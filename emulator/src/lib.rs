@@ -1,0 +1,60 @@
+//! A KMS and an ECS instance metadata service on loopback, for tests, the quickstart and people by hand.
+//! Never for production: it keeps secrets in memory in clear and trusts everybody on this host.
+//!
+//! ```
+//! use kms_emulator::{Emulator, NewSecret, Options};
+//!
+//! let secrets = vec![NewSecret::generic("agent-test", "hello")];
+//! let emulator = Emulator::start(Options { secrets, ..Options::default() })?;
+//! println!("KMS on {}, metadata on {}", emulator.kms_addr(), emulator.metadata_url());
+//! assert_eq!(emulator.counters().kms_requests, 0);
+//! # Ok::<(), std::io::Error>(())
+//! ```
+//!
+//! Every call blocks; the services run on a thread of their own until the [`Emulator`] is dropped. All knobs
+//! work at run time through `&self`. It shares no code with the agent, so that errors cannot cancel out.
+//!
+//! From the bottom up: `clock`, `random`, `json`, `rsa_key` (values), `faults`, `counters` (what tests set
+//! and read), `tls`, `http`, `door` (transport), `credentials`, `kms::{signature, secrets, actions}`,
+//! `state` (all of it behind one lock), `kms`, `metadata` (the two services), and [`Emulator`].
+
+mod clock;
+mod counters;
+mod credentials;
+mod door;
+mod emulator;
+mod faults;
+mod http;
+mod json;
+mod kms;
+mod metadata;
+mod random;
+mod rsa_key;
+mod state;
+mod tls;
+
+pub use counters::{Counters, RECORDS_MAX, RequestRecord, Service};
+pub use credentials::{ExpiredTokenReply, StsCredentials};
+pub use emulator::{Emulator, Options};
+pub use faults::{
+    BadCertificate, Fault, FaultId, FaultKind, Framing, KmsMode, MetadataFault, MetadataMode, RawReply,
+    Throttle,
+};
+pub use kms::error::KmsError;
+pub use kms::secrets::{NewSecret, SECRET_DATA_BYTES_MAX, Schedule, Secret, SecretType, Version};
+pub use kms::signature;
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::task::Poll;
+
+/// The first of two futures to end: `Ok` the first, `Err` the second. (`tokio::select!` would cost a
+/// procedural macro in everybody's first build.)
+async fn race<A, B>(a: impl Future<Output = A>, b: impl Future<Output = B>) -> Result<A, B> {
+    let (mut a, mut b) = (pin!(a), pin!(b));
+    poll_fn(|cx| match (a.as_mut().poll(cx), ()) {
+        (Poll::Ready(value), ()) => Poll::Ready(Ok(value)),
+        (Poll::Pending, ()) => b.as_mut().poll(cx).map(Err),
+    })
+    .await
+}

@@ -1,0 +1,38 @@
+//! The binary by hand: help, wrong usage, and a start that ends cleanly on SIGTERM.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+fn emulator() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_kms-emulator"))
+}
+
+#[test]
+fn help_is_help_and_wrong_usage_is_2() {
+    let help = emulator().arg("--help").output().expect("runs");
+    assert!(help.status.success() && help.stderr.is_empty());
+    assert!(String::from_utf8_lossy(&help.stdout).lines().all(|line| line.chars().count() <= 110));
+    let wrong = emulator().args(["--latency", "soon"]).output().expect("runs");
+    assert_eq!(wrong.status.code(), Some(2));
+    assert_eq!(
+        String::from_utf8_lossy(&wrong.stderr),
+        "kms-emulator: --latency soon: expected milliseconds\nTry 'kms-emulator --help'.\n"
+    );
+}
+
+#[test]
+fn sigterm_ends_it_and_takes_its_ca_file_along() {
+    let mut child = emulator().stdout(Stdio::piped()).spawn().expect("runs");
+    let lines = BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok);
+    let told: Vec<String> = lines.take_while(|line| !line.starts_with("Running")).collect();
+    let value = |key: &str| {
+        let line = told.iter().find_map(|line| line.strip_prefix(key)).expect("the line is there");
+        line.trim_matches(|c| c == '"' || c == ' ').to_owned()
+    };
+    let ca = value("CaFile = ");
+    assert!(std::fs::read_to_string(&ca).expect("the CA is there").contains("BEGIN CERTIFICATE"));
+    assert!(std::net::TcpStream::connect(value("Endpoint = ")).is_ok());
+    assert!(Command::new("kill").arg(child.id().to_string()).status().expect("kill runs").success());
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert!(!std::path::Path::new(&ca).exists());
+}

@@ -1,0 +1,328 @@
+//! The gates of the contract, in their order: the first that fails answers.
+#![warn(clippy::indexing_slicing)]
+
+use crate::config;
+use crate::http::percent::{self, BadEncoding};
+use crate::http::request::{Reject, Request};
+use crate::secret::Secret;
+use std::borrow::Cow;
+
+/// The longest secret id, in bytes, after decoding.
+pub const ID_BYTES_MAX: usize = 512;
+/// Foreign text quoted in a message is cut to this many characters.
+const QUOTED_CHARS_MAX: usize = 64;
+
+/// A request that passed all gates.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Route<'a> {
+    /// `/ping`.
+    Ping,
+    /// A secret.
+    Secret(Question<'a>),
+}
+
+/// What a reader wants to know.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Question<'a> {
+    /// The secret's name or ARN, decoded.
+    pub id: Cow<'a, str>,
+    /// `versionId`.
+    pub version_id: Option<Cow<'a, str>>,
+    /// `versionStage`.
+    pub version_stage: Option<Cow<'a, str>>,
+    /// `refreshNow`.
+    pub refresh_now: bool,
+    /// Asked as `{PathPrefix}ID`, not by query.
+    pub by_path: bool,
+}
+
+/// A refused request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denial {
+    /// The status.
+    pub status: u16,
+    /// The `Code` of the reply.
+    pub code: &'static str,
+    /// The `Message` of the reply.
+    pub message: Cow<'static, str>,
+}
+
+impl Denial {
+    const fn new(status: u16, code: &'static str, message: &'static str) -> Denial {
+        Denial { status, code, message: Cow::Borrowed(message) }
+    }
+
+    fn parameter(message: impl Into<Cow<'static, str>>) -> Denial {
+        Denial { status: 400, code: "InvalidParameter", message: message.into() }
+    }
+}
+
+impl From<Reject> for Denial {
+    fn from(reject: Reject) -> Denial {
+        match reject {
+            Reject::Malformed(what) => Denial::new(400, "InvalidRequest", what),
+            Reject::Version => {
+                Denial::new(505, "InvalidRequest", "only HTTP/1.0 and HTTP/1.1 are spoken here")
+            }
+            Reject::HeadTooLarge => {
+                Denial::new(431, "RequestHeaderTooLarge", "the request head is over 16 KiB")
+            }
+            Reject::TooManyHeaders => Denial::new(431, "RequestHeaderTooLarge", "more than 64 header lines"),
+            Reject::TargetTooLong => Denial::new(414, "UriTooLong", "the request target is over 8 KiB"),
+        }
+    }
+}
+
+/// Every connection is busy.
+const CONNECTION_LIMIT: Denial = Denial::new(429, "ConnectionLimitExceeded", "Connection limit exceeded");
+const FORBIDDEN_HOST: Denial =
+    Denial::new(403, "ForbiddenHost", "this Host is not served here; see [Server] AllowedHosts");
+const FORWARDED: Denial = Denial::new(400, "Forwarded", "Forwarded");
+const INVALID_TOKEN: Denial = Denial::new(403, "InvalidToken", "Bad Token");
+const METHOD: Denial = Denial::new(405, "MethodNotAllowed", "Not allowed");
+const NOT_FOUND: Denial = Denial::new(404, "NotFound", "Not found");
+
+/// Takes a sound request through the gates. `busy`: it came on a reserve slot, past `MaxConn`.
+///
+/// # Errors
+/// The denial of the first gate that fails.
+pub fn pass<'b>(
+    request: &Request<'_, 'b>,
+    server: &config::Server,
+    token: &Secret,
+    busy: bool,
+) -> Result<Route<'b>, Denial> {
+    let ping = request.path == "/ping";
+    if busy && !ping {
+        return Err(CONNECTION_LIMIT);
+    }
+    // An HTTP/1.0 client may name no host; a browser, whose DNS could be rebound, always does.
+    if request.host.is_some_and(|host| !is_our_host(host, &server.allowed_hosts)) {
+        return Err(FORBIDDEN_HOST);
+    }
+    if !ping {
+        if request.has_header("X-Forwarded-For") || request.has_header("Forwarded") {
+            return Err(FORWARDED);
+        }
+        // An empty token is none: it matches nothing.
+        let mut given = server.ssrf_headers.iter().flat_map(|name| request.header(name));
+        if token.is_empty() || !given.any(|value| token.ct_eq(value)) {
+            return Err(INVALID_TOKEN);
+        }
+    }
+    if !matches!(request.method, "GET" | "HEAD") {
+        return Err(METHOD);
+    }
+    if ping {
+        return Ok(Route::Ping);
+    }
+    if request.path == "/secretsmanager/get" {
+        return question(None, request.query).map(Route::Secret);
+    }
+    match request.path.strip_prefix(server.path_prefix.as_str()) {
+        Some(id) => question(Some(id), request.query).map(Route::Secret),
+        None => Err(NOT_FOUND),
+    }
+}
+
+fn is_our_host(host: &str, allowed: &[String]) -> bool {
+    let bare = host.strip_prefix('[').and_then(|it| it.strip_suffix(']')).unwrap_or(host);
+    ["localhost", "127.0.0.1", "[::1]"].iter().any(|ours| host.eq_ignore_ascii_case(ours))
+        || allowed.iter().any(|name| name.eq_ignore_ascii_case(bare))
+}
+
+fn question<'b>(path_id: Option<&'b str>, query: Option<&'b str>) -> Result<Question<'b>, Denial> {
+    let (mut id, mut version_id, mut version_stage, mut refresh_now) = (None, None, None, None);
+    for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let decode = |text| {
+            percent::decode_query(text)
+                .map_err(|BadEncoding| Denial::parameter(format!("badly encoded parameter: {}", quote(name))))
+        };
+        let plain_name = decode(name)?;
+        let slot = match plain_name.as_ref() {
+            "secretId" if path_id.is_none() => &mut id,
+            "versionId" => &mut version_id,
+            "versionStage" => &mut version_stage,
+            "refreshNow" => &mut refresh_now,
+            other => return Err(Denial::parameter(format!("unknown parameter: {}", quote(other)))),
+        };
+        if slot.is_some() {
+            return Err(Denial::parameter(format!("repeated parameter: {}", quote(&plain_name))));
+        }
+        *slot = Some(decode(value)?);
+    }
+    let id = match path_id {
+        Some(raw) => {
+            let id = percent::decode_path(raw)
+                .map_err(|BadEncoding| Denial::parameter("badly encoded secret ID in the path"))?;
+            if id.split('/').any(|segment| matches!(segment, "." | "..")) {
+                return Err(Denial::parameter("dot segments in the secret ID"));
+            }
+            id
+        }
+        None => id.ok_or_else(|| Denial::parameter("missing parameter secretId"))?,
+    };
+    if id.is_empty() {
+        return Err(Denial::parameter("missing secret ID"));
+    }
+    if id.len() > ID_BYTES_MAX {
+        return Err(Denial::parameter("the secret ID is over 512 bytes"));
+    }
+    let refresh_now = match refresh_now.as_deref() {
+        None => false,
+        Some("1") => true,
+        Some("0") => false,
+        Some(text) if text.eq_ignore_ascii_case("true") => true,
+        Some(text) if text.eq_ignore_ascii_case("false") => false,
+        Some(_) => return Err(Denial::parameter("invalid refreshNow value")),
+    };
+    // An empty one is a variable that a script did not set: as if it were not there.
+    let version_id = version_id.filter(|it| !it.is_empty());
+    let version_stage = version_stage.filter(|it| !it.is_empty());
+    Ok(Question { id, version_id, version_stage, refresh_now, by_path: path_id.is_some() })
+}
+
+/// Foreign text, fit to be shown in a message: printable, and not long.
+fn quote(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(QUOTED_CHARS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::request::{Parsed, header_room, parse};
+
+    fn verdict(head: &str, busy: bool) -> String {
+        let server = config::Server {
+            allowed_hosts: vec!["agent.internal".into()],
+            ..config::Config::default().server
+        };
+        let token = Secret::from(b"t0k".to_vec());
+        let mut room = header_room();
+        let Parsed::Request(request, _) = parse(head.as_bytes(), &mut room) else { panic!("{head}") };
+        match pass(&request, &server, &token, busy) {
+            Ok(Route::Ping) => "ping".into(),
+            Ok(Route::Secret(q)) => {
+                format!(
+                    "{} {:?} {:?} {} {}",
+                    q.id,
+                    q.version_id.as_deref(),
+                    q.version_stage.as_deref(),
+                    q.refresh_now,
+                    q.by_path
+                )
+            }
+            Err(denial) => format!("{} {} {}", denial.status, denial.code, denial.message),
+        }
+    }
+
+    fn get(target: &str) -> String {
+        verdict(&format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0k\r\n\r\n"), false)
+    }
+
+    #[test]
+    fn questions() {
+        for (target, expected) in [
+            ("/secretsmanager/get?secretId=db", "db None None false false"),
+            (
+                "/secretsmanager/get?secretId=a+b%2Bc%2Fd&versionStage=ACSPrevious&",
+                "a b+c/d None Some(\"ACSPrevious\") false false",
+            ),
+            ("/secretsmanager/get?secretId=db&versionId=1&refreshNow=TRUE", "db Some(\"1\") None true false"),
+            ("/secretsmanager/get?secretId=db&versionStage=&refreshNow=0", "db None None false false"),
+            ("/v1/a/b+c%20d?refreshNow=1", "a/b+c d None None true true"),
+            ("/v1/a..b/...", "a..b/... None None false true"),
+            ("/ping?x", "ping"),
+        ] {
+            assert_eq!(get(target), expected, "{target}");
+        }
+    }
+
+    #[test]
+    fn bad_parameters() {
+        for (target, message) in [
+            ("/secretsmanager/get", "missing parameter secretId"),
+            ("/secretsmanager/get?secretId=", "missing secret ID"),
+            ("/v1/", "missing secret ID"),
+            ("/secretsmanager/get?secretId=a&p=1", "unknown parameter: p"),
+            ("/v1/a?secretId=b", "unknown parameter: secretId"),
+            ("/secretsmanager/get?secretid=a", "unknown parameter: secretid"),
+            ("/secretsmanager/get?secretId=a&secretId=a", "repeated parameter: secretId"),
+            ("/secretsmanager/get?secretId=%zz", "badly encoded parameter: secretId"),
+            ("/secretsmanager/get?secretId=%ff", "badly encoded parameter: secretId"),
+            ("/v1/a%f", "badly encoded secret ID in the path"),
+            ("/v1/a/../b", "dot segments in the secret ID"),
+            ("/v1/a/%2E%2e", "dot segments in the secret ID"),
+            ("/v1/a%2f.%2fb", "dot segments in the secret ID"),
+            ("/v1/a?refreshNow=yes", "invalid refreshNow value"),
+            ("/v1/a?refreshNow", "invalid refreshNow value"),
+            (&format!("/v1/{}", "a".repeat(513)), "the secret ID is over 512 bytes"),
+        ] {
+            assert_eq!(get(target), format!("400 InvalidParameter {message}"), "{target}");
+        }
+        assert!(get(&format!("/v1/{}", "a".repeat(512))).ends_with("true"));
+    }
+
+    /// A request that would fail at every gate, mended gate by gate.
+    #[test]
+    fn gates_stand_in_their_order() {
+        let steps = [
+            (
+                "POST /x HTTP/1.1\r\nHost: evil\r\nForwarded: for=a\r\n\r\n",
+                "429 ConnectionLimitExceeded Connection limit exceeded",
+            ),
+            ("POST /x HTTP/1.1\r\nHost: evil\r\nForwarded: for=a\r\n\r\n", "403 ForbiddenHost"),
+            ("POST /x HTTP/1.1\r\nHost: localhost\r\nForwarded: for=a\r\n\r\n", "400 Forwarded Forwarded"),
+            ("POST /x HTTP/1.1\r\nHost: localhost\r\nx-forwarded-for: a\r\n\r\n", "400 Forwarded Forwarded"),
+            ("POST /x HTTP/1.1\r\nHost: localhost\r\n\r\n", "403 InvalidToken Bad Token"),
+            ("POST /x HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0\r\n\r\n", "403 InvalidToken Bad Token"),
+            (
+                "POST /x HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0k\r\n\r\n",
+                "405 MethodNotAllowed Not allowed",
+            ),
+            ("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Vault-Token: t0k\r\n\r\n", "404 NotFound Not found"),
+            (
+                "GET /v1/a?b HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0k\r\n\r\n",
+                "400 InvalidParameter unknown parameter: b",
+            ),
+            ("HEAD /v1/a HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: no\r\nX-KMS-Token: t0k\r\n\r\n", "a "),
+        ];
+        for (step, (head, expected)) in steps.into_iter().enumerate() {
+            let got = verdict(head, step == 0);
+            assert!(got.starts_with(expected), "{head}: {got}");
+        }
+    }
+
+    #[test]
+    fn ping_needs_neither_token_nor_a_free_slot() {
+        assert_eq!(
+            verdict("GET /ping HTTP/1.1\r\nHost: localhost\r\nForwarded: for=a\r\n\r\n", true),
+            "ping"
+        );
+        assert!(verdict("POST /ping HTTP/1.1\r\nHost: localhost\r\n\r\n", true).starts_with("405"));
+        assert!(verdict("GET /ping HTTP/1.1\r\nHost: evil\r\n\r\n", true).starts_with("403 ForbiddenHost"));
+    }
+
+    #[test]
+    fn hosts() {
+        for (host, ours) in [
+            ("localhost:2025", true),
+            ("LOCALHOST", true),
+            ("127.0.0.1", true),
+            ("[::1]:1", true),
+            ("agent.internal", true),
+            ("", false),
+            ("localhost.", false),
+            ("127.0.0.2", false),
+            ("evil.localhost", false),
+        ] {
+            let head = format!("GET /ping HTTP/1.1\r\nHost: {host}\r\n\r\n");
+            assert_eq!(verdict(&head, false) == "ping", ours, "{host}");
+        }
+        assert_eq!(verdict("GET /ping HTTP/1.0\r\n\r\n", false), "ping");
+        assert!(
+            verdict("GET http://evil/ping HTTP/1.1\r\nHost: localhost\r\n\r\n", false).starts_with("403")
+        );
+    }
+}

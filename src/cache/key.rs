@@ -1,0 +1,89 @@
+//! What a cached value is filed under.
+
+/// The stage that KMS gives when none is asked for (KMS_PROTOCOL: GetSecretValue).
+pub const STAGE_CURRENT: &str = "ACSCurrent";
+
+/// A secret, and which of its versions: normalised, so that equal questions share one answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KeyRef<'a> {
+    /// Name or ARN, as the reader wrote it.
+    pub id: &'a str,
+    /// `VersionId`, if asked for.
+    pub version_id: Option<&'a str>,
+    /// `VersionStage`; [`STAGE_CURRENT`] where neither was asked for.
+    pub version_stage: Option<&'a str>,
+}
+
+impl<'a> KeyRef<'a> {
+    /// Normalises: no stage and no id means [`STAGE_CURRENT`].
+    #[must_use]
+    pub fn new(id: &'a str, version_id: Option<&'a str>, version_stage: Option<&'a str>) -> KeyRef<'a> {
+        let version_stage = match (version_id, version_stage) {
+            (None, None) => Some(STAGE_CURRENT),
+            _ => version_stage,
+        };
+        KeyRef { id, version_id, version_stage }
+    }
+
+    /// The current version of a secret.
+    #[must_use]
+    pub fn current(id: &'a str) -> KeyRef<'a> {
+        KeyRef::new(id, None, None)
+    }
+
+    /// A key of its own.
+    #[must_use]
+    pub fn to_owned(self) -> Key {
+        Key {
+            id: self.id.into(),
+            version_id: self.version_id.map(Into::into),
+            version_stage: self.version_stage.map(Into::into),
+        }
+    }
+}
+
+/// An owned [`KeyRef`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Key {
+    id: Box<str>,
+    version_id: Option<Box<str>>,
+    version_stage: Option<Box<str>>,
+}
+
+impl std::hash::Hash for Key {
+    /// As its borrowed form, so that a map of keys can be asked with that.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.as_ref().hash(state);
+    }
+}
+
+impl Key {
+    /// The borrowed form.
+    #[must_use]
+    pub fn as_ref(&self) -> KeyRef<'_> {
+        KeyRef {
+            id: &self.id,
+            version_id: self.version_id.as_deref(),
+            version_stage: self.version_stage.as_deref(),
+        }
+    }
+
+    /// Bytes of text it holds.
+    #[must_use]
+    pub fn text_bytes(&self) -> usize {
+        let len = |text: &Option<Box<str>>| text.as_ref().map_or(0, |text| text.len());
+        self.id.len() + len(&self.version_id) + len(&self.version_stage)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_questions_have_equal_keys() {
+        assert_eq!(KeyRef::new("db", None, None), KeyRef::new("db", None, Some("ACSCurrent")));
+        assert_ne!(KeyRef::new("db", Some("1"), None), KeyRef::new("db", Some("1"), Some("ACSCurrent")));
+        assert_ne!(KeyRef::new("db", None, Some("ACSPrevious")), KeyRef::current("db"));
+    }
+}

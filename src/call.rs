@@ -1,0 +1,121 @@
+//! What the pure middle asks of the network: a [`Call`], answered by a response or a [`CallError`].
+
+use crate::config::HostPort;
+use crate::time::Mono;
+use std::fmt;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Whom a call is for; decides TLS and the timeouts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// KMS, over TLS.
+    Kms,
+    /// The instance metadata service, in plain HTTP.
+    Metadata,
+}
+
+/// How long each stage of a call may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// Looking the name up.
+    pub resolve: Duration,
+    /// TCP's handshake, for each address tried.
+    pub connect: Duration,
+    /// TLS's handshake.
+    pub handshake: Duration,
+    /// From the request's first byte to the reply's last.
+    pub reply: Duration,
+}
+
+impl Service {
+    /// The stage limits; the metadata service is a hop away, and official SDKs give it 1 s.
+    #[must_use]
+    pub const fn timeouts(self) -> Timeouts {
+        match self {
+            Service::Kms => Timeouts {
+                resolve: Duration::from_secs(5),
+                connect: Duration::from_secs(2),
+                handshake: Duration::from_secs(3),
+                reply: Duration::from_secs(5),
+            },
+            Service::Metadata => Timeouts {
+                resolve: Duration::from_secs(1),
+                connect: Duration::from_secs(1),
+                handshake: Duration::from_secs(1),
+                reply: Duration::from_secs(1),
+            },
+        }
+    }
+}
+
+/// Numbers calls; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CallId(pub u64);
+
+/// One request to be made and answered.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// Its number.
+    pub id: CallId,
+    /// For whom.
+    pub service: Service,
+    /// Where.
+    pub origin: Rc<HostPort>,
+    /// When it is given up, whatever stage it is in.
+    pub deadline: Mono,
+}
+
+/// How a call failed before there was a usable reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallErrorKind {
+    /// A stage took too long.
+    Timeout,
+    /// The name has no address, nobody accepts, TLS is refused, the connection broke.
+    Unreachable,
+    /// What came back is no HTTP/1.1 reply, is too large or was cut off.
+    InvalidResponse,
+}
+
+/// A failed call, told for the person who reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallError {
+    /// What sort of failure.
+    pub kind: CallErrorKind,
+    /// What was tried, where, and what came of it: `connect host:443: timed out after 2 s`.
+    pub message: String,
+}
+
+impl CallError {
+    /// A stage that ran out of time.
+    #[must_use]
+    pub fn timeout(stage: &str, origin: &HostPort, after: Duration) -> CallError {
+        let after = if after.subsec_millis() == 0 {
+            format!("{} s", after.as_secs())
+        } else {
+            format!("{:.1} s", after.as_secs_f64())
+        };
+        CallError {
+            kind: CallErrorKind::Timeout,
+            message: format!("{stage} {origin}: timed out after {after}"),
+        }
+    }
+
+    /// A stage that failed for a reason.
+    #[must_use]
+    pub fn unreachable(stage: &str, origin: &HostPort, why: impl fmt::Display) -> CallError {
+        CallError { kind: CallErrorKind::Unreachable, message: format!("{stage} {origin}: {why}") }
+    }
+
+    /// A reply that cannot be used.
+    #[must_use]
+    pub fn invalid(origin: &HostPort, why: impl fmt::Display) -> CallError {
+        CallError { kind: CallErrorKind::InvalidResponse, message: format!("reply of {origin}: {why}") }
+    }
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}

@@ -1,0 +1,237 @@
+//! `kms-agent run`: puts the agent together and serves.
+
+use crate::broker::Broker;
+use crate::config::{self, AuthType, Config, ResponseType};
+use crate::conn::tls;
+use crate::identity::Identity;
+use crate::identity::metadata::Wanted;
+use crate::log::{LogHandle, Reason};
+use crate::net::mio::{MioNet, listen};
+use crate::random::Random;
+use crate::secret::Secret;
+use crate::server::{Host, Parts, Server, TokenSource};
+use crate::token::{self, Source, Watch};
+use rustix::process::{Resource, Rlimit};
+use rustls::ClientConfig;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Descriptors beside those of clients: listeners, upstream, pipes, log, resolver.
+const OTHER_DESCRIPTORS: u64 = 64;
+
+/// Why the agent did not start; told to the person who started it.
+#[derive(Debug)]
+pub struct StartError(String);
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// The command; the result is the exit code.
+#[must_use]
+pub fn main(file: Option<PathBuf>) -> u8 {
+    let config = match load(file) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("kms-agent: {error}");
+            return super::USAGE;
+        }
+    };
+    let env = |name: &str| std::env::var_os(name);
+    match Agent::prepare(&config, &env).and_then(Agent::serve) {
+        Ok(()) => super::OK,
+        Err(error) => {
+            eprintln!("kms-agent: {error}");
+            super::FAILED
+        }
+    }
+}
+
+fn load(file: Option<PathBuf>) -> Result<Config, config::LoadError> {
+    let default =
+        || std::env::current_exe().ok().and_then(|exe| config::default_path(&exe)).filter(|it| it.exists());
+    match file.or_else(default) {
+        Some(file) => config::load(&file),
+        None => Ok(Config::default()),
+    }
+}
+
+/// An agent that listens and is not serving yet.
+pub struct Agent {
+    server: Server<MioNet>,
+    port: u16,
+}
+
+impl Agent {
+    /// Opens everything the agent needs: log, token, CA file, sockets. Needs no network.
+    ///
+    /// # Errors
+    /// The first of them that cannot be had, in one line.
+    pub fn prepare(config: &Config, env: &dyn Fn(&str) -> Option<OsString>) -> Result<Agent, StartError> {
+        let log = crate::log::init(&config.log).map_err(|error| StartError(error.to_string()))?;
+        let mut random = Random::from_system()
+            .map_err(|_| StartError("the operating system gives no random bytes".to_owned()))?;
+        let (source, token) = find_token(config, env, &mut random)?;
+        let ca_file = config.kms.ca_file.clone();
+        let tls = client_config(ca_file.as_deref())?;
+        let listeners = listen(config.server.http_port)
+            .map_err(|error| cannot_listen(config.server.http_port, &error))?;
+        let port = port_of(&listeners)?;
+        raise_descriptor_limit(config.server.max_conn);
+        log::info!("kms-agent {} listens on {}", env!("CARGO_PKG_VERSION"), addresses(&listeners));
+        say_what_is_not_there_yet(config);
+        if token.is_empty() {
+            log::warn!("the token is empty: every request that needs one will be refused");
+        }
+        let net = MioNet::new(listeners)
+            .map_err(|error| StartError(format!("cannot start: {}", Reason(&error))))?;
+        let identity = Identity::new(Wanted {
+            role: config.kms.role_name.clone(),
+            region: config.kms.region.is_none() && config.kms.endpoint.is_none(),
+            hardened_only: env("ALIBABA_CLOUD_IMDSV1_DISABLED")
+                .is_some_and(|it| it.eq_ignore_ascii_case("true")),
+        });
+        let broker = Broker::new(config, token.duplicate(), identity, random);
+        let server = Server::new(Parts {
+            net,
+            broker,
+            connections_max: config.server.max_conn,
+            tls: Some(tls),
+            tokens: Box::new(Watch::new(source, token)),
+            host: Box::new(Process { log, ca_file }),
+        });
+        Ok(Agent { server, port })
+    }
+
+    /// The port that it listens on.
+    #[must_use]
+    pub const fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Serves until SIGTERM or SIGINT.
+    ///
+    /// # Errors
+    /// When the kernel gives no more events.
+    pub fn serve(mut self) -> Result<(), StartError> {
+        self.server.run().map_err(|error| StartError(format!("cannot go on: {}", Reason(&error))))?;
+        log::info!("ended");
+        Ok(())
+    }
+}
+
+impl TokenSource for Watch {
+    fn poll(&mut self) -> Option<Secret> {
+        Watch::poll(self)
+    }
+}
+
+/// What the loop wants of its process.
+struct Process {
+    log: LogHandle,
+    ca_file: Option<PathBuf>,
+}
+
+impl Host for Process {
+    fn on_tick_end(&mut self) {
+        self.log.flush();
+    }
+
+    fn on_reload(&mut self) -> Option<Arc<ClientConfig>> {
+        self.log.reopen();
+        match client_config(self.ca_file.as_deref()) {
+            Ok(tls) => Some(tls),
+            Err(error) => {
+                log::error!("{error}; what was trusted before stays trusted");
+                None
+            }
+        }
+    }
+}
+
+fn find_token(
+    config: &Config,
+    env: &dyn Fn(&str) -> Option<OsString>,
+    random: &mut Random,
+) -> Result<(Source, Secret), StartError> {
+    let source = Source::find(&config.server.ssrf_env_variables, env)
+        .map_err(|error| StartError(error.to_string()))?;
+    if let Source::File { path, default: true } = &source {
+        match token::create_if_missing(path, random) {
+            Ok(true) => log::info!("token file {} created", path.display()),
+            Ok(false) => {}
+            Err(error) => return Err(StartError(error.to_string())),
+        }
+    }
+    let token = source.read().map_err(|error| StartError(error.to_string()))?;
+    Ok((source, token))
+}
+
+fn client_config(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, StartError> {
+    let pem = match ca_file {
+        Some(path) => Some(fs::read(path).map_err(|error| {
+            StartError(format!("[KMS] CaFile {}: cannot read it: {}", path.display(), Reason(&error)))
+        })?),
+        None => None,
+    };
+    tls::client_config(pem.as_deref()).map_err(|error| {
+        StartError(format!("[KMS] CaFile {}: {error}", ca_file.unwrap_or(Path::new("")).display()))
+    })
+}
+
+fn cannot_listen(port: u16, error: &io::Error) -> StartError {
+    StartError(if error.kind() == io::ErrorKind::AddrInUse {
+        format!(
+            "port {port} is taken: another program (or another kms-agent) listens on it; see [Server] HttpPort"
+        )
+    } else {
+        format!("cannot listen on port {port}: {}", Reason(error))
+    })
+}
+
+fn port_of(listeners: &[TcpListener]) -> Result<u16, StartError> {
+    let address = listeners.first().map(TcpListener::local_addr).transpose();
+    match address {
+        Ok(Some(address)) => Ok(address.port()),
+        _ => Err(StartError("cannot listen: the kernel names no address".to_owned())),
+    }
+}
+
+fn addresses(listeners: &[TcpListener]) -> String {
+    let names: Vec<String> =
+        listeners.iter().filter_map(|listener| listener.local_addr().ok()).map(|it| it.to_string()).collect();
+    names.join(" and ")
+}
+
+/// `MaxConn` connections need as many descriptors; the soft limit is often 1,024.
+fn raise_descriptor_limit(connections_max: usize) {
+    let needed = connections_max as u64 + OTHER_DESCRIPTORS;
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= needed) {
+        return;
+    }
+    let current = limit.maximum.map_or(needed, |maximum| maximum.min(needed));
+    let raised = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: Some(current), ..limit });
+    if raised.is_err() || current < needed {
+        log::warn!("open files are limited to {current}, {needed} are wanted for MaxConn; raise LimitNOFILE");
+    }
+}
+
+/// Keys that are understood and whose feature is still to come are never ignored silently.
+fn say_what_is_not_there_yet(config: &Config) {
+    if config.server.response_type != ResponseType::Kms {
+        log::warn!("[Server] ResponseType: this version replies in KMS's own format (0) only");
+    }
+    if !matches!(config.kms.auth_type, AuthType::Auto | AuthType::RamRole) || config.kms.aap_arn.is_some() {
+        log::warn!("[KMS] AuthType, AapArn: this version authenticates with the instance's RAM role only");
+    }
+}

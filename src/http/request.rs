@@ -1,0 +1,505 @@
+//! The server side's request head: bytes in, [`Parsed`] out (RFC 9112).
+//!
+//! A head is either complete and sound, or incomplete, or rejected; whatever is rejected ends its
+//! connection, because where the next request would begin cannot be known.
+#![warn(clippy::indexing_slicing)]
+
+use std::mem::MaybeUninit;
+use std::net::Ipv6Addr;
+
+/// A whole request head, request line included, in bytes. More: 431.
+pub const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// The request target in bytes. More: 414 (RFC 9110 15.5.15).
+pub const TARGET_BYTES_MAX: usize = 8 * 1024;
+/// Header lines in one head. More: 431 (RFC 6585 5).
+pub const HEADERS_MAX: usize = 64;
+/// Room for a method and the blanks around a target, when a request line is still incomplete.
+const METHOD_BYTES_MAX: usize = 64;
+
+/// Room for the header lines of one head; the caller's, so that a request can borrow from it.
+pub type HeaderRoom<'b> = [MaybeUninit<httparse::Header<'b>>; HEADERS_MAX];
+
+/// Fresh [`HeaderRoom`]; costs nothing, since it is not initialised.
+#[must_use]
+pub const fn header_room<'b>() -> HeaderRoom<'b> {
+    [const { MaybeUninit::uninit() }; HEADERS_MAX]
+}
+
+/// What a buffer's beginning holds.
+#[derive(Debug)]
+pub enum Parsed<'h, 'b> {
+    /// A head that is not complete yet.
+    NeedMore,
+    /// Never going to be a request; answer and close.
+    Reject(Reject),
+    /// A request, and how many bytes its head took.
+    Request(Request<'h, 'b>, usize),
+}
+
+/// Why a head is refused before anyone looks at what it asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reject {
+    /// Malformed by RFC 9112; says what.
+    Malformed(&'static str),
+    /// Well-formed, of an HTTP version other than 1.0 and 1.1 (RFC 9110 15.6.6).
+    Version,
+    /// Head over [`HEAD_BYTES_MAX`].
+    HeadTooLarge,
+    /// More than [`HEADERS_MAX`] header lines.
+    TooManyHeaders,
+    /// Target over [`TARGET_BYTES_MAX`].
+    TargetTooLong,
+}
+
+/// A sound request head.
+#[derive(Debug)]
+pub struct Request<'h, 'b> {
+    /// The method, as sent; methods are case-sensitive (RFC 9110 9.1).
+    pub method: &'b str,
+    /// The target's path, still percent-encoded; `*` for `OPTIONS *`, empty for CONNECT.
+    pub path: &'b str,
+    /// What follows the target's first `?`.
+    pub query: Option<&'b str>,
+    /// The host the client meant, without port, brackets kept: an absolute-form target's, else the
+    /// `Host` header's (RFC 9112 3.2.2). `None`: an HTTP/1.0 request that names none.
+    pub host: Option<&'b str>,
+    /// Whether the connection may serve another request (RFC 9112 9.3).
+    pub keep_alive: bool,
+    /// A body follows, which is not read: the connection ends with the reply.
+    pub has_body: bool,
+    /// HTTP/1.0: a reply that keeps the connection must say so.
+    pub http10: bool,
+    headers: &'h [httparse::Header<'b>],
+}
+
+impl<'h, 'b> Request<'h, 'b> {
+    /// The values of every header line of this name, compared without case.
+    pub fn header(&self, name: &str) -> impl Iterator<Item = &'b [u8]> {
+        self.headers.iter().filter(move |line| line.name.eq_ignore_ascii_case(name)).map(|line| line.value)
+    }
+
+    /// Whether any header line has this name.
+    #[must_use]
+    pub fn has_header(&self, name: &str) -> bool {
+        self.header(name).next().is_some()
+    }
+}
+
+/// Reads one request head from the beginning of `bytes`.
+pub fn parse<'h, 'b>(bytes: &'b [u8], room: &'h mut HeaderRoom<'b>) -> Parsed<'h, 'b> {
+    let mut raw = httparse::Request::new(&mut []);
+    match raw.parse_with_uninit_headers(bytes, room) {
+        Ok(httparse::Status::Complete(used)) => {
+            if used > HEAD_BYTES_MAX {
+                return Parsed::Reject(too_large(bytes));
+            }
+            match sound(raw) {
+                Ok(request) => Parsed::Request(request, used),
+                Err(reject) => Parsed::Reject(reject),
+            }
+        }
+        Ok(httparse::Status::Partial) => unfinished(bytes),
+        Err(error) => Parsed::Reject(reject_for(error, bytes)),
+    }
+}
+
+/// The request line so far, and whether its end is there. Empty lines before it are skipped
+/// (RFC 9112 2.2).
+fn request_line(bytes: &[u8]) -> (&[u8], bool) {
+    let start = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n')).unwrap_or(bytes.len());
+    let rest = bytes.get(start..).unwrap_or_default();
+    match rest.iter().position(|b| *b == b'\n') {
+        Some(end) => (rest.get(..end).unwrap_or_default(), true),
+        None => (rest, false),
+    }
+}
+
+fn unfinished<'h, 'b>(bytes: &[u8]) -> Parsed<'h, 'b> {
+    let (line, complete) = request_line(bytes);
+    let target_too_long = match line.split(|b| *b == b' ').nth(1) {
+        Some(target) => target.len() > TARGET_BYTES_MAX,
+        None => !complete && line.len() > TARGET_BYTES_MAX + METHOD_BYTES_MAX,
+    };
+    if target_too_long {
+        Parsed::Reject(Reject::TargetTooLong)
+    } else if bytes.len() >= HEAD_BYTES_MAX {
+        Parsed::Reject(Reject::HeadTooLarge)
+    } else {
+        Parsed::NeedMore
+    }
+}
+
+fn too_large(bytes: &[u8]) -> Reject {
+    let (line, _) = request_line(bytes);
+    match line.split(|b| *b == b' ').nth(1) {
+        Some(target) if target.len() > TARGET_BYTES_MAX => Reject::TargetTooLong,
+        _ => Reject::HeadTooLarge,
+    }
+}
+
+fn reject_for(error: httparse::Error, bytes: &[u8]) -> Reject {
+    match error {
+        httparse::Error::TooManyHeaders => Reject::TooManyHeaders,
+        httparse::Error::Version if version_is_well_formed(bytes) => Reject::Version,
+        httparse::Error::Version => Reject::Malformed("malformed HTTP version"),
+        httparse::Error::HeaderName => Reject::Malformed("malformed header name"),
+        httparse::Error::HeaderValue => Reject::Malformed("malformed header value"),
+        httparse::Error::NewLine => Reject::Malformed("malformed line end"),
+        httparse::Error::Token | httparse::Error::Status => Reject::Malformed("malformed request line"),
+    }
+}
+
+/// `HTTP-version = "HTTP/" DIGIT "." DIGIT` (RFC 9112 2.3) at the end of a complete request line.
+fn version_is_well_formed(bytes: &[u8]) -> bool {
+    let (line, complete) = request_line(bytes);
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let mut words = line.split(|b| *b == b' ');
+    let (method, target, version) = (words.next(), words.next(), words.next());
+    complete
+        && method.is_some_and(|m| !m.is_empty())
+        && target.is_some_and(|t| !t.is_empty())
+        && words.next().is_none()
+        && matches!(version, Some([b'H', b'T', b'T', b'P', b'/', major, b'.', minor])
+            if major.is_ascii_digit() && minor.is_ascii_digit())
+}
+
+fn sound<'h, 'b>(raw: httparse::Request<'h, 'b>) -> Result<Request<'h, 'b>, Reject> {
+    let (Some(method), Some(target), Some(minor)) = (raw.method, raw.path, raw.version) else {
+        return Err(Reject::Malformed("malformed request line"));
+    };
+    if target.len() > TARGET_BYTES_MAX {
+        return Err(Reject::TargetTooLong);
+    }
+    let headers: &'h [httparse::Header<'b>] = raw.headers;
+    let http10 = minor == 0;
+    let target = split_target(method, target)?;
+    let framing = Framing::of(headers, http10)?;
+    if framing.has_body && matches!(method, "GET" | "HEAD") {
+        return Err(Reject::Malformed("a body on GET"));
+    }
+    let host = match (framing.host, target.authority) {
+        (None, _) if !http10 => return Err(Reject::Malformed("missing Host")),
+        (_, Some(authority)) => Some(authority),
+        (host, None) => host,
+    };
+    let has_body = framing.has_body;
+    let keep_alive = !has_body && !framing.close && (!http10 || framing.asks_keep_alive);
+    Ok(Request {
+        method,
+        path: target.path,
+        query: target.query,
+        host,
+        keep_alive,
+        has_body,
+        http10,
+        headers,
+    })
+}
+
+/// The parts of a request target (RFC 9112 3.2).
+struct Target<'b> {
+    authority: Option<&'b str>,
+    path: &'b str,
+    query: Option<&'b str>,
+}
+
+/// Each method's forms of RFC 9112 3.2: origin-form and absolute-form for all, authority-form for
+/// CONNECT alone, asterisk-form for OPTIONS alone.
+fn split_target<'b>(method: &str, target: &'b str) -> Result<Target<'b>, Reject> {
+    if method == "CONNECT" {
+        return match host_of(target) {
+            Some(host) if host.len() < target.len() => {
+                Ok(Target { authority: Some(host), path: "", query: None })
+            }
+            _ => Err(Reject::Malformed("malformed request target")),
+        };
+    }
+    if method == "OPTIONS" && target == "*" {
+        return Ok(Target { authority: None, path: "*", query: None });
+    }
+    let (authority, rest) = if target.starts_with('/') {
+        (None, target)
+    } else {
+        let (scheme, rest) = target.split_once("://").ok_or(Reject::Malformed("malformed request target"))?;
+        if !scheme.eq_ignore_ascii_case("http") {
+            return Err(Reject::Malformed("a target of a scheme other than http"));
+        }
+        let end = rest.find(['/', '?']).unwrap_or(rest.len());
+        let (authority, rest) = rest.split_at_checked(end).unwrap_or((rest, ""));
+        // Empty hosts and user information are refused by RFC 9110 4.2.1 and 4.2.4.
+        match host_of(authority) {
+            Some(host) if !host.is_empty() => (Some(host), rest),
+            _ => return Err(Reject::Malformed("malformed authority in the request target")),
+        }
+    };
+    let (path, query) = match rest.split_once('?') {
+        Some((path, query)) => (path, Some(query)),
+        None => (rest, None),
+    };
+    if !path.bytes().all(is_path_byte) || !query.unwrap_or("").bytes().all(|b| is_path_byte(b) || b == b'?') {
+        return Err(Reject::Malformed("a character in the request target that is not allowed there"));
+    }
+    // An absolute-form target without a path means "/" (RFC 9112 3.2.1).
+    Ok(Target { authority, path: if path.is_empty() { "/" } else { path }, query })
+}
+
+/// `pchar` of RFC 3986 3.3 and `/`; what follows a `%` is judged where it is decoded.
+const fn is_path_byte(b: u8) -> bool {
+    is_reg_name_byte(b) || matches!(b, b':' | b'@' | b'/')
+}
+
+/// `unreserved / pct-encoded / sub-delims` of RFC 3986.
+const fn is_reg_name_byte(b: u8) -> bool {
+    b.is_ascii_alphanumeric()
+        || matches!(
+            b,
+            b'-' | b'.'
+                | b'_'
+                | b'~'
+                | b'%'
+                | b'!'
+                | b'$'
+                | b'&'
+                | b'\''
+                | b'('
+                | b')'
+                | b'*'
+                | b'+'
+                | b','
+                | b';'
+                | b'='
+        )
+}
+
+/// The host of `uri-host [ ":" port ]` (RFC 9110 7.2), brackets kept; `None` if it is malformed.
+fn host_of(authority: &str) -> Option<&str> {
+    let end = if authority.starts_with('[') {
+        authority.find(']')? + 1
+    } else {
+        authority.find(':').unwrap_or(authority.len())
+    };
+    let (host, rest) = authority.split_at_checked(end)?;
+    let host_is_sound = match host.strip_prefix('[') {
+        Some(literal) => literal.strip_suffix(']')?.parse::<Ipv6Addr>().is_ok(),
+        None => host.bytes().all(is_reg_name_byte),
+    };
+    let port_is_sound = match rest.strip_prefix(':') {
+        Some(port) => {
+            port.bytes().all(|b| b.is_ascii_digit()) && (port.is_empty() || port.parse::<u16>().is_ok())
+        }
+        None => rest.is_empty(),
+    };
+    (host_is_sound && port_is_sound).then_some(host)
+}
+
+/// What the header lines say of the message's frame and the connection.
+#[derive(Default)]
+struct Framing<'b> {
+    host: Option<&'b str>,
+    has_body: bool,
+    close: bool,
+    asks_keep_alive: bool,
+}
+
+impl<'b> Framing<'b> {
+    fn of(headers: &[httparse::Header<'b>], http10: bool) -> Result<Framing<'b>, Reject> {
+        let mut framing = Framing::default();
+        let (mut length, mut coded) = (None, false);
+        for line in headers {
+            // The length first: it rules out nearly every line of an ordinary request at once.
+            match line.name.len() {
+                4 if line.name.eq_ignore_ascii_case("host") => {
+                    if framing.host.is_some() {
+                        return Err(Reject::Malformed("repeated Host"));
+                    }
+                    let host = std::str::from_utf8(line.value).ok().and_then(host_of);
+                    framing.host = Some(host.ok_or(Reject::Malformed("invalid Host"))?);
+                }
+                10 if line.name.eq_ignore_ascii_case("connection") => {
+                    for option in line.value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
+                        framing.close |= option.eq_ignore_ascii_case(b"close");
+                        framing.asks_keep_alive |= option.eq_ignore_ascii_case(b"keep-alive");
+                    }
+                }
+                14 if line.name.eq_ignore_ascii_case("content-length") => {
+                    if length.is_some() {
+                        return Err(Reject::Malformed("repeated Content-Length"));
+                    }
+                    length = Some(decimal(line.value).ok_or(Reject::Malformed("invalid Content-Length"))?);
+                }
+                17 if line.name.eq_ignore_ascii_case("transfer-encoding") => {
+                    // RFC 9112 6.1 and 6.3: anything but a single, final "chunked" leaves the end unknown.
+                    if coded || http10 || !line.value.eq_ignore_ascii_case(b"chunked") {
+                        return Err(Reject::Malformed("unusable Transfer-Encoding"));
+                    }
+                    coded = true;
+                }
+                _ => {}
+            }
+        }
+        if coded && length.is_some() {
+            return Err(Reject::Malformed("both Content-Length and Transfer-Encoding"));
+        }
+        framing.has_body = coded || length.is_some_and(|n| n > 0);
+        Ok(framing)
+    }
+}
+
+/// `1*DIGIT`, as RFC 9110 8.6 wants a Content-Length; `None` also for what overflows.
+fn decimal(value: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(value).ok()?;
+    // `parse` alone would take "+5".
+    if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) { None } else { text.parse().ok() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(bytes: &[u8]) -> String {
+        let mut room = header_room();
+        match parse(bytes, &mut room) {
+            Parsed::NeedMore => "more".into(),
+            Parsed::Reject(reject) => format!("{reject:?}"),
+            Parsed::Request(r, used) => format!(
+                "{} {} {:?} host={:?} keep={} used={}",
+                r.method,
+                r.path,
+                r.query,
+                r.host,
+                r.keep_alive,
+                used == bytes.len()
+            ),
+        }
+    }
+
+    #[test]
+    fn sound_requests() {
+        for (bytes, expected) in [
+            (
+                "GET /ping?a=b?c HTTP/1.1\r\nHost: localhost:2025\r\n\r\n",
+                r#"GET /ping Some("a=b?c") host=Some("localhost") keep=true used=true"#,
+            ),
+            ("GET /ping HTTP/1.0\r\n\r\n", "GET /ping None host=None keep=false used=true"),
+            (
+                "GET /ping HTTP/1.0\r\nConnection: x, Keep-Alive\r\n\r\n",
+                "GET /ping None host=None keep=true used=true",
+            ),
+            (
+                "GET /ping HTTP/1.1\r\nhost:[::1]:80\r\nconnection: CLOSE\r\n\r\n",
+                r#"GET /ping None host=Some("[::1]") keep=false used=true"#,
+            ),
+            (
+                "GET HTTP://LocalHost:2025?x HTTP/1.1\r\nHost: elsewhere\r\n\r\n",
+                r#"GET / Some("x") host=Some("LocalHost") keep=true used=true"#,
+            ),
+            (
+                "OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                r#"OPTIONS * None host=Some("localhost") keep=true used=true"#,
+            ),
+            (
+                "CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                r#"CONNECT  None host=Some("a") keep=true used=true"#,
+            ),
+            (
+                "GET /x HTTP/1.1\r\nHost:\r\nContent-Length: 0\r\n\r\n",
+                r#"GET /x None host=Some("") keep=true used=true"#,
+            ),
+            (
+                "POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n",
+                r#"POST /x None host=Some("localhost") keep=false used=true"#,
+            ),
+            ("GET /ping HTTP/1.1\r\nHost: local", "more"),
+            ("", "more"),
+        ] {
+            assert_eq!(verdict(bytes.as_bytes()), expected, "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn malformed_requests() {
+        for bytes in [
+            &b"\x16\x03\x01\x02\x00\x01\x00"[..],
+            b"GET /ping\r\n\r\n",
+            b"GET  /ping HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET ping HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"CONNECT /x HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"CONNECT localhost HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET https://localhost/ping HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET http://u@localhost/ping HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET http:///ping HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET /p#frag HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET /\xc3\xa9 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET /a\\b HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+            b"GET /ping HTTP/1.0\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: u@localhost\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: localhost:99999\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: [::1\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: a b\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: localhost\r\nA: b\r\n c\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: localhost\r\nA: b\rc\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: localhost\r\nA: b\0c\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost : localhost\r\n\r\n",
+            b"GET /ping HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx",
+            b"GET /ping HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST /ping HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n",
+            b"POST /ping HTTP/1.1\r\nHost: localhost\r\nContent-Length: +5\r\n\r\n",
+            b"POST /ping HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n",
+            b"POST /p HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST /p HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+            b"POST /p HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"GET /ping HTTP/1.x\r\nHost: localhost\r\n\r\n",
+            b"GET /ping HTTP/11.1\r\nHost: localhost\r\n\r\n",
+            b"GET /ping http/1.1\r\nHost: localhost\r\n\r\n",
+        ] {
+            let verdict = verdict(bytes);
+            assert!(verdict.starts_with("Malformed"), "{:?}: {verdict}", String::from_utf8_lossy(bytes));
+        }
+    }
+
+    #[test]
+    fn versions() {
+        for version in ["HTTP/0.9", "HTTP/1.2", "HTTP/2.0", "HTTP/3.0"] {
+            let head = format!("GET /ping {version}\r\nHost: localhost\r\n\r\n");
+            assert_eq!(verdict(head.as_bytes()), "Version", "{version}");
+        }
+    }
+
+    #[test]
+    fn limits() {
+        let target = |n: usize| format!("GET /{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "a".repeat(n - 1));
+        assert!(verdict(target(TARGET_BYTES_MAX).as_bytes()).starts_with("GET"));
+        assert_eq!(verdict(target(TARGET_BYTES_MAX + 1).as_bytes()), "TargetTooLong");
+        // Known before the line ends, and for what has no end in sight.
+        assert_eq!(verdict(format!("GET /{}", "a".repeat(TARGET_BYTES_MAX)).as_bytes()), "TargetTooLong");
+        assert_eq!(verdict("a".repeat(65536).as_bytes()), "TargetTooLong");
+
+        let headers =
+            |n: usize| format!("GET / HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "a: b\r\n".repeat(n - 1));
+        assert!(verdict(headers(HEADERS_MAX).as_bytes()).starts_with("GET"));
+        assert_eq!(verdict(headers(HEADERS_MAX + 1).as_bytes()), "TooManyHeaders");
+
+        let head = |n: usize| {
+            let frame = "GET / HTTP/1.1\r\nHost: localhost\r\nA: \r\n\r\n";
+            frame.replace("A: ", &format!("A: {}", "x".repeat(n - frame.len())))
+        };
+        assert!(verdict(head(HEAD_BYTES_MAX).as_bytes()).starts_with("GET"));
+        assert_eq!(verdict(head(HEAD_BYTES_MAX + 1).as_bytes()), "HeadTooLarge");
+        let unfinished = head(HEAD_BYTES_MAX + 9);
+        assert_eq!(verdict(&unfinished.as_bytes()[..HEAD_BYTES_MAX]), "HeadTooLarge");
+        assert_eq!(verdict(&unfinished.as_bytes()[..HEAD_BYTES_MAX - 1]), "more");
+    }
+
+    #[test]
+    fn headers_are_found_without_case_and_repeated() {
+        let bytes = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: a\r\nx-kms-token:  b \r\n\r\n";
+        let mut room = header_room();
+        let Parsed::Request(request, _) = parse(bytes, &mut room) else { panic!("not a request") };
+        assert_eq!(request.header("X-Kms-Token").collect::<Vec<_>>(), [&b"a"[..], b"b"]);
+        assert!(request.has_header("HOST") && !request.has_header("Forwarded"));
+    }
+}

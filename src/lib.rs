@@ -1,0 +1,44 @@
+//! A local secrets agent for Alibaba Cloud KMS: one event-loop thread that answers applications from a
+//! cache and asks KMS in their place.
+//!
+//! # The map of this house
+//!
+//! Pure in the middle, thin at the bottom: parsing, cache, credentials, connection states and every
+//! decision are functions over bytes, values and a [`time::Now`] handed in. Sockets and clocks live behind
+//! [`net::Net`], names behind its helper thread. Imports point one way only, from a later line to an
+//! earlier one (`tests/tidy.rs` checks it):
+//!
+//! | Floor | Modules | |
+//! |---|---|---|
+//! | 1 | [`time`] [`secret`] [`buf`] [`log`] [`random`] | clocks, wiped bytes, the log |
+//! | 2 | [`config`] [`http`] [`call`] | the configuration; HTTP/1.1 over bytes; what is asked of the network |
+//! | 3 | [`kms`] [`identity`] [`cache`] [`token`] | what is said to KMS, as whom, and what is remembered |
+//! | 4 | [`conn`] | connections as state machines over bytes: TLS pump, inbound, outbound |
+//! | 5 | [`broker`] | every decision: gates, lookup, coalescing, retries. Says *what*, never how |
+//! | 6 | [`net`] | `trait Net`: eight verbs on sockets; [`net::mio`] is the only user of mio |
+//! | 7 | [`server`] | the event loop, generic over `Net`: carries bytes and answers between all of them |
+//! | 8 | [`cli`] | arguments to a command, a command to an exit code |
+//!
+//! A request's way: [`server`] reads into a scratch buffer, [`http::request`] parses, [`broker`] passes it
+//! through [`broker::gate`] and looks into [`cache`]. A hit goes out in one write. A miss joins the key's
+//! one flight; the broker asks for a [`call::Call`], the server puts it on an outbound connection,
+//! [`kms::request`] signs it when that is ready, [`kms::reply`] reads what comes back, and all readers of
+//! the flight are answered.
+
+pub mod broker;
+pub mod buf;
+pub mod cache;
+pub mod call;
+pub mod cli;
+pub mod config;
+pub mod conn;
+pub mod http;
+pub mod identity;
+pub mod kms;
+pub mod log;
+pub mod net;
+pub mod random;
+pub mod secret;
+pub mod server;
+pub mod time;
+pub mod token;

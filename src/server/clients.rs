@@ -1,0 +1,440 @@
+//! The clients' side of the loop: accept, read, ask, write, close.
+
+use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server};
+use crate::broker::{Answer, Asked, ClientId, Done};
+use crate::buf::Buf;
+use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, State, WRITE_LIFE};
+use crate::http::request::{Parsed, Request, header_room, parse};
+use crate::http::write::Persistence;
+use crate::log::{Reason, escape};
+use crate::net::{Net, Readiness, Token};
+use crate::time::Mono;
+use std::fmt;
+use std::io;
+
+/// Unfinished heads together hold at most this much; past it the oldest go.
+const HELD_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Pipelined requests are answered in batches of about this size.
+const BATCH_BYTES: usize = 64 * 1024;
+/// A batch, and the largest reply on top of it.
+const UNSENT_BYTES_MAX: usize = 1024 * 1024;
+
+/// How a run through a client's bytes ended.
+enum End {
+    /// All of it was answered.
+    Drained,
+    /// The rest is an unfinished head.
+    Unfinished,
+    /// A reply is still to come.
+    Waiting(Pending),
+    /// Enough replies for now.
+    Batch,
+    /// The last reply is written. `linger`: there may be bytes of the client's left.
+    Last { linger: bool },
+}
+
+impl<N: Net> Server<N> {
+    /// Accepts what there is, as far as there is room.
+    pub(super) fn accept_all(&mut self) {
+        for listener in 0..self.acceptable.len() {
+            while self.acceptable.get(listener) == Some(&true)
+                && self.now.mono >= self.accept_at.max(self.room_at)
+            {
+                if !self.has_room() {
+                    // Until one closes or falls idle, or a head's grace ends.
+                    let graces = self.inbound.iter().map(|(_, conn)| conn.makes_room_at());
+                    self.room_at = graces.filter(|at| *at > self.now.mono).min().unwrap_or(Mono::NEVER);
+                    return;
+                }
+                let token = self.inbound.reserve();
+                match self.net.accept(listener, token) {
+                    Ok(()) => self.welcome(token),
+                    Err(error) => {
+                        self.inbound.vacate(token);
+                        self.on_accept_error(listener, &error);
+                    }
+                }
+            }
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.inbound.len() < self.connections_max + RESERVE_CONNECTIONS
+            || self.inbound.iter().any(|(_, conn)| conn.makes_room(self.now.mono).is_some())
+    }
+
+    fn welcome(&mut self, token: Token) {
+        // The newcomer is counted already.
+        let regular = self.inbound.len() - 1 - self.reserve_used;
+        let reserve = regular >= self.connections_max && !self.make_room();
+        self.reserve_used += usize::from(reserve);
+        let conn = Inbound::new(reserve, self.now.mono);
+        self.deadline_floor = self.deadline_floor.min(conn.deadline());
+        self.inbound.put(token, conn);
+    }
+
+    fn on_accept_error(&mut self, listener: usize, error: &io::Error) {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                if let Some(flag) = self.acceptable.get_mut(listener) {
+                    *flag = false;
+                }
+            }
+            // The client was gone before we came to it.
+            io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
+            _ => {
+                // No descriptor or no memory: the connection stays in the backlog, and asking again at once
+                // would only burn the core.
+                if let Some(left_out) = self.accept_failures.admit(self.now.mono) {
+                    log::error!("cannot accept a connection: {}{left_out}", Reason(error));
+                }
+                self.make_room();
+                self.accept_at = self.now.mono.after(ACCEPT_PAUSE);
+            }
+        }
+    }
+
+    /// Closes the connection that makes room most gladly; `false`: all are busy.
+    fn make_room(&mut self) -> bool {
+        let now = self.now.mono;
+        let gladly = self.inbound.iter().filter_map(|(token, conn)| Some((conn.makes_room(now)?, token)));
+        match gladly.min_by_key(|(rank, _)| *rank) {
+            Some((_, token)) => {
+                self.close_inbound(token);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// A client's socket is ready.
+    pub(super) fn on_inbound(&mut self, token: Token, ready: Readiness) {
+        let Some(mut conn) = self.inbound.take(token) else { return };
+        let mut open = true;
+        if ready.writable && conn.unsent.is_some() {
+            open = self.resume(token, &mut conn);
+        }
+        if open && ready.readable {
+            open = self.read_all(token, &mut conn, ready.read_closed);
+        }
+        self.settle(token, conn, open);
+    }
+
+    /// The connection goes back to its slot, or ends.
+    fn settle(&mut self, token: Token, conn: Inbound, open: bool) {
+        if open {
+            self.deadline_floor = self.deadline_floor.min(conn.deadline());
+            if conn.makes_room(self.now.mono).is_some() {
+                self.room_at = self.now.mono;
+            }
+            self.inbound.put(token, conn);
+        } else {
+            self.forget(token, &conn);
+        }
+    }
+
+    pub(super) fn close_inbound(&mut self, token: Token) {
+        if let Some(conn) = self.inbound.take(token) {
+            self.forget(token, &conn);
+        }
+    }
+
+    fn forget(&mut self, token: Token, conn: &Inbound) {
+        if matches!(conn.state, State::Waiting { .. }) {
+            self.broker.left(ClientId(token.to_bits()));
+        }
+        self.reserve_used -= usize::from(conn.reserve);
+        self.net.close(token);
+        self.inbound.vacate(token);
+        self.room_at = self.now.mono;
+    }
+
+    /// Reads until there is nothing more, or no more is wanted. `false`: the connection is at its end.
+    fn read_all(&mut self, token: Token, conn: &mut Inbound, read_closed: bool) -> bool {
+        while conn.wants_bytes() {
+            match self.net.read(token, &mut self.scratch) {
+                Ok(0) => {
+                    conn.half_closed = true;
+                    // Whoever is owed a reply may still be reading.
+                    return matches!(conn.state, State::Waiting { .. } | State::Paused { .. })
+                        || conn.unsent.is_some();
+                }
+                Ok(count) => {
+                    let drained = count < self.scratch.len();
+                    if !self.on_bytes(token, conn, count, read_closed && drained) {
+                        return false;
+                    }
+                    // A short read empties the socket; whatever comes later is a new edge.
+                    if drained && !read_closed {
+                        return true;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// `count` bytes of a client's lie in the scratch buffer. `ended`: they are its last.
+    fn on_bytes(&mut self, token: Token, conn: &mut Inbound, count: usize, ended: bool) -> bool {
+        let scratch = std::mem::take(&mut self.scratch);
+        let fresh = scratch.get(..count).unwrap_or_default();
+        let open = match std::mem::replace(&mut conn.state, State::Idle) {
+            State::Idle => self.serve(token, conn, fresh, self.now.mono.after(HEAD_LIFE), ended),
+            State::Head { mut bytes, until } => {
+                // A head and a whole read always fit.
+                bytes.extend(fresh).is_ok() && self.serve(token, conn, bytes.as_slice(), until, ended)
+            }
+            // After the last reply: thrown away.
+            other => {
+                conn.state = other;
+                true
+            }
+        };
+        self.scratch = scratch;
+        open
+    }
+
+    /// Answers the requests in `bytes`, sends the replies, and keeps what is left. `until` is the deadline
+    /// of the first head.
+    fn serve(&mut self, token: Token, conn: &mut Inbound, bytes: &[u8], until: Mono, ended: bool) -> bool {
+        let mut out = std::mem::take(&mut self.out);
+        out.clear();
+        let (used, end) = self.answer(token, conn, bytes, ended, &mut out);
+        let rest = bytes.get(used..).unwrap_or_default();
+        let until = if used == 0 { until } else { self.now.mono.after(HEAD_LIFE) };
+        conn.state = match end {
+            End::Drained => State::Idle,
+            End::Unfinished => State::Head { bytes: kept(rest), until },
+            End::Waiting(pending) => State::Waiting { rest: kept(rest), pending },
+            End::Batch => State::Paused { rest: kept(rest) },
+            End::Last { linger } => State::Closing { linger },
+        };
+        let open = self.send(token, conn, &out);
+        self.out = out;
+        if matches!(conn.state, State::Head { .. }) {
+            self.limit_held_bytes(conn);
+        }
+        open
+    }
+
+    fn answer(
+        &mut self,
+        token: Token,
+        conn: &mut Inbound,
+        bytes: &[u8],
+        ended: bool,
+        out: &mut Vec<u8>,
+    ) -> (usize, End) {
+        let mut used = 0;
+        loop {
+            let rest = bytes.get(used..).unwrap_or_default();
+            if rest.is_empty() {
+                return (used, End::Drained);
+            }
+            if out.len() >= BATCH_BYTES {
+                return (used, End::Batch);
+            }
+            let mut room = header_room();
+            match parse(rest, &mut room) {
+                Parsed::NeedMore => return (used, End::Unfinished),
+                Parsed::Reject(reject) => {
+                    let done = self.broker.reject(reject, self.now, out);
+                    self.log_request(format_args!("malformed request"), &done, self.now.mono);
+                    return (used, End::Last { linger: true });
+                }
+                Parsed::Request(request, head_bytes) => {
+                    used += head_bytes;
+                    let last = ended && used == bytes.len();
+                    let busy = conn.reserve && !self.promote(conn);
+                    match self.broker.ask(ClientId(token.to_bits()), &request, last, busy, self.now, out) {
+                        Asked::Waiting => {
+                            let shown = if log::log_enabled!(log::Level::Debug) {
+                                Shown(&request).to_string()
+                            } else {
+                                String::new()
+                            };
+                            let pending = Pending { shown: shown.into(), since: self.now.mono };
+                            return (used, End::Waiting(pending));
+                        }
+                        Asked::Answered(done) => {
+                            self.log_request(format_args!("{}", Shown(&request)), &done, self.now.mono);
+                            if done.persistence == Persistence::Close {
+                                // A body, or more requests, may be on their way.
+                                let linger = used < bytes.len() || request.has_body;
+                                return (used, End::Last { linger });
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A client on a reserve slot moves to a regular one if there is room by now.
+    fn promote(&mut self, conn: &mut Inbound) -> bool {
+        if self.inbound.len() - self.reserve_used < self.connections_max || self.make_room() {
+            self.reserve_used -= 1;
+            conn.reserve = false;
+        }
+        !conn.reserve
+    }
+
+    /// An answer for a client that waited.
+    pub(super) fn deliver(&mut self, answer: &Answer) {
+        let token = Token::from_bits(answer.client.0);
+        let Some(mut conn) = self.inbound.take(token) else { return };
+        let mut open = true;
+        match std::mem::replace(&mut conn.state, State::Idle) {
+            State::Waiting { rest, pending } => {
+                let mut out = std::mem::take(&mut self.out);
+                out.clear();
+                let last = conn.half_closed && rest.is_empty();
+                let done = self.broker.write_answer(answer, last, self.now, &mut out);
+                self.log_request(format_args!("{}", pending.shown), &done, pending.since);
+                conn.state = match done.persistence {
+                    Persistence::Close => State::Closing { linger: !rest.is_empty() },
+                    _ => State::Paused { rest },
+                };
+                open = self.send(token, &mut conn, &out);
+                self.out = out;
+                if open {
+                    open = self.resume_paused(token, &mut conn);
+                }
+            }
+            // The broker answers a client once; whoever does not wait has been answered.
+            other => conn.state = other,
+        }
+        self.settle(token, conn, open);
+    }
+
+    /// The socket takes bytes again.
+    fn resume(&mut self, token: Token, conn: &mut Inbound) -> bool {
+        self.send(token, conn, &[]) && self.resume_paused(token, conn)
+    }
+
+    /// Goes on with what the client has sent ahead, once its replies are out.
+    fn resume_paused(&mut self, token: Token, conn: &mut Inbound) -> bool {
+        while conn.unsent.is_none() {
+            match std::mem::replace(&mut conn.state, State::Idle) {
+                State::Paused { rest } if !rest.is_empty() => {
+                    let until = self.now.mono.after(HEAD_LIFE);
+                    if !self.serve(token, conn, rest.as_slice(), until, conn.half_closed) {
+                        return false;
+                    }
+                    if matches!(conn.state, State::Paused { .. }) {
+                        continue;
+                    }
+                }
+                State::Paused { .. } => {}
+                other => conn.state = other,
+            }
+            break;
+        }
+        if conn.half_closed && conn.unsent.is_none() && matches!(conn.state, State::Idle | State::Head { .. })
+        {
+            return false;
+        }
+        // The edge for what arrived meanwhile may be long past.
+        !conn.wants_bytes() || self.read_all(token, conn, false)
+    }
+
+    /// Sends what is unsent, then `more`. `false`: the connection is at its end.
+    fn send(&mut self, token: Token, conn: &mut Inbound, mut more: &[u8]) -> bool {
+        let sends = !more.is_empty() || conn.unsent.is_some();
+        if let Some((mut unsent, until)) = conn.unsent.take() {
+            while !unsent.is_empty() {
+                match self.net.write(token, unsent.as_slice()) {
+                    Ok(count) => unsent.consume(count),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        let fits = unsent.extend(more).is_ok();
+                        conn.unsent = Some((unsent, until));
+                        return fits;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(_) => return false,
+                }
+            }
+        }
+        while !more.is_empty() {
+            match self.net.write(token, more) {
+                Ok(count) => more = more.get(count..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut unsent = Buf::with_max(UNSENT_BYTES_MAX);
+                    let fits = unsent.extend(more).is_ok();
+                    conn.unsent = Some((unsent, self.now.mono.after(WRITE_LIFE)));
+                    return fits;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+        match conn.state {
+            State::Closing { linger: false } => false,
+            State::Closing { linger: true } => {
+                self.net.shutdown(token);
+                conn.state = State::Lingering { until: self.now.mono.after(LINGER_LIFE) };
+                !conn.half_closed
+            }
+            _ => {
+                if sends {
+                    conn.idle_since = Some(self.now.mono);
+                }
+                true
+            }
+        }
+    }
+
+    /// `newest` has an unfinished head; where all heads together hold too much, the oldest go.
+    fn limit_held_bytes(&mut self, newest: &Inbound) {
+        loop {
+            let held: usize = self.inbound.iter().map(|(_, conn)| conn.held_bytes()).sum();
+            if held + newest.held_bytes() <= HELD_BYTES_MAX {
+                return;
+            }
+            let heads = self.inbound.iter().filter(|(_, conn)| matches!(conn.state, State::Head { .. }));
+            match heads.min_by_key(|(_, conn)| conn.accepted) {
+                Some((token, _)) => self.close_inbound(token),
+                None => return,
+            }
+        }
+    }
+
+    fn log_request(&mut self, shown: fmt::Arguments<'_>, done: &Done, since: Mono) {
+        if let Some(code) = &done.code {
+            if let Some(left_out) = self.refusals.admit(self.now.mono) {
+                log::warn!("refused: {shown}: {} {code}{left_out}", done.status);
+            }
+        } else if log::log_enabled!(log::Level::Debug) {
+            let took_us = self.net.now().mono.since(since).as_micros();
+            match done.x_cache {
+                Some(x_cache) => log::debug!("{shown} {} {x_cache} {took_us} us", done.status),
+                None => log::debug!("{shown} {} {took_us} us", done.status),
+            }
+        }
+    }
+}
+
+/// A request as it is logged: method and path, of the query nothing but the secret's id.
+struct Shown<'a>(&'a Request<'a, 'a>);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Shown(request) = self;
+        write!(f, "{} {}", escape(request.method), escape(request.path))?;
+        let mut pairs = request.query.unwrap_or_default().split('&');
+        match pairs.find_map(|pair| pair.strip_prefix("secretId=")) {
+            Some(id) => write!(f, "?secretId={}", escape(id)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn kept(rest: &[u8]) -> Buf {
+    let mut kept = Inbound::input();
+    // The rest of a buffer of the same size always fits.
+    let _ = kept.extend(rest);
+    kept
+}

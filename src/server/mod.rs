@@ -1,0 +1,296 @@
+//! The event loop, generic over [`Net`]: carries bytes between sockets, connections and the broker.
+//!
+//! A tick waits for events, reads the clock once, handles what came, does what is due, and writes the log.
+//! Nothing here decides about requests or secrets; that is the broker's.
+
+mod clients;
+mod slab;
+mod upstream;
+
+use crate::broker::{Broker, Output};
+use crate::conn::inbound::{Inbound, READ_BYTES, State};
+use crate::conn::outbound::Outbound;
+use crate::log::RateLimit;
+use crate::net::{Event, Net, Readiness, Signal, Token};
+use crate::secret::Secret;
+use crate::time::{Mono, Now};
+use rustls::ClientConfig;
+use slab::Slab;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Slots for clients past `MaxConn`, who are told so or may `/ping`.
+const RESERVE_CONNECTIONS: usize = 16;
+/// Outbound slots come first: KMS's connections, and the metadata service's.
+const OUTBOUND_SLOTS: u32 = 16;
+/// The token is looked at again after this, when somebody asks.
+const TOKEN_AGE_MAX: Duration = Duration::from_millis(500);
+/// With no descriptor left, accepting pauses for this long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long requests in flight may take after SIGTERM.
+const DRAIN_LIFE: Duration = Duration::from_secs(5);
+/// The scratch for replies is given back when one burst made it larger than this.
+const OUT_BYTES_KEPT: usize = 256 * 1024;
+/// Refused requests logged a second, and at once.
+const REFUSALS_LOGGED: (u32, u32) = (5, 20);
+
+/// Where the token comes from.
+pub trait TokenSource {
+    /// The token, if it is another one than before. Called at most every half second.
+    fn poll(&mut self) -> Option<Secret>;
+}
+
+/// What the process around the loop does for it.
+pub trait Host {
+    /// The end of a tick: what was logged may be written now.
+    fn on_tick_end(&mut self);
+    /// SIGHUP: reopen the log, and read the files again that TLS trusts.
+    fn on_reload(&mut self) -> Option<Arc<ClientConfig>>;
+}
+
+/// What the loop is made of.
+pub struct Parts<N> {
+    /// Sockets and clocks.
+    pub net: N,
+    /// The decisions.
+    pub broker: Broker,
+    /// `MaxConn`.
+    pub connections_max: usize,
+    /// TLS for KMS; `None` speaks plain HTTP to it, which only the simulation does.
+    pub tls: Option<Arc<ClientConfig>>,
+    /// The token's source.
+    pub tokens: Box<dyn TokenSource>,
+    /// The process.
+    pub host: Box<dyn Host>,
+}
+
+/// The loop.
+pub struct Server<N> {
+    net: N,
+    broker: Broker,
+    connections_max: usize,
+    tls: Option<Arc<ClientConfig>>,
+    tokens: Box<dyn TokenSource>,
+    host: Box<dyn Host>,
+    now: Now,
+    token_seen: Mono,
+    inbound: Slab<Inbound>,
+    /// How many of the inbound connections are past `MaxConn`.
+    reserve_used: usize,
+    outbound: Slab<Outbound>,
+    addresses: upstream::Addresses,
+    /// Listeners that may have a connection to accept.
+    acceptable: Vec<bool>,
+    /// With no descriptor left: when to accept again.
+    accept_at: Mono,
+    /// With no slot left: when to accept again, unless one is free before.
+    room_at: Mono,
+    /// No connection's deadline lies before this.
+    deadline_floor: Mono,
+    /// Bytes are read into this, whoever sends them.
+    scratch: Box<[u8]>,
+    /// Replies are written into this before they go out.
+    out: Vec<u8>,
+    refusals: RateLimit,
+    accept_failures: RateLimit,
+    /// Set once SIGTERM came: when patience ends.
+    drain_until: Option<Mono>,
+}
+
+impl<N: Net> Server<N> {
+    /// Ready to run.
+    #[must_use]
+    pub fn new(parts: Parts<N>) -> Server<N> {
+        let now = parts.net.now();
+        Server {
+            // A listener may have connections before its first event.
+            acceptable: vec![true; parts.net.listeners()],
+            net: parts.net,
+            broker: parts.broker,
+            connections_max: parts.connections_max,
+            tls: parts.tls,
+            tokens: parts.tokens,
+            host: parts.host,
+            now,
+            token_seen: now.mono,
+            inbound: Slab::new(OUTBOUND_SLOTS),
+            reserve_used: 0,
+            outbound: Slab::new(0),
+            addresses: upstream::Addresses::default(),
+            accept_at: now.mono,
+            room_at: now.mono,
+            deadline_floor: Mono::NEVER,
+            scratch: vec![0; READ_BYTES].into_boxed_slice(),
+            out: Vec::new(),
+            refusals: RateLimit::new(REFUSALS_LOGGED.0, REFUSALS_LOGGED.1),
+            accept_failures: RateLimit::new(1, 1),
+            drain_until: None,
+        }
+    }
+
+    /// Serves until SIGTERM or SIGINT, and what is in flight then.
+    ///
+    /// # Errors
+    /// When waiting for events fails.
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut events = Vec::new();
+        while self.tick(&mut events)? {}
+        Ok(())
+    }
+
+    /// One round of the loop; `false`: it was the last.
+    ///
+    /// # Errors
+    /// When waiting for events fails.
+    pub fn tick(&mut self, events: &mut Vec<Event>) -> io::Result<bool> {
+        let deadline = self.next_deadline();
+        let timeout = (deadline != Mono::NEVER).then(|| deadline.since(self.net.now().mono));
+        self.net.wait(timeout, events)?;
+        self.now = self.net.now();
+        if !events.is_empty() && self.now.mono.since(self.token_seen) >= TOKEN_AGE_MAX {
+            self.see_token();
+        }
+        for event in events.drain(..) {
+            self.on_event(event);
+        }
+        self.accept_all();
+        if self.now.mono >= self.deadline_floor {
+            self.on_deadlines();
+        }
+        // What is due may bring answers, answers may free clients to ask on, and so forth.
+        loop {
+            if self.now.mono >= self.broker.next_deadline() {
+                self.broker.on_time(self.now.mono);
+            }
+            match self.broker.poll_output() {
+                Some(Output::Call(call)) => self.start_call(call),
+                Some(Output::Answer(answer)) => self.deliver(&answer),
+                None => break,
+            }
+        }
+        #[cfg(debug_assertions)]
+        self.broker.check_invariants();
+        if self.out.capacity() > OUT_BYTES_KEPT {
+            self.out = Vec::new();
+        }
+        self.host.on_tick_end();
+        Ok(!self.is_done())
+    }
+
+    /// Connections of clients that are open now.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.inbound.len()
+    }
+
+    fn next_deadline(&self) -> Mono {
+        let accepts = self.acceptable.contains(&true);
+        let accept = if accepts { self.accept_at.max(self.room_at) } else { Mono::NEVER };
+        let drained = self.drain_until.unwrap_or(Mono::NEVER);
+        self.deadline_floor.min(self.broker.next_deadline()).min(accept).min(drained)
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Acceptable(listener) => {
+                if let Some(flag) = self.acceptable.get_mut(listener) {
+                    *flag = true;
+                }
+            }
+            Event::Socket(token, ready) if token.slot < OUTBOUND_SLOTS => self.on_outbound(token, ready),
+            Event::Socket(token, ready) => self.on_inbound(token, ready),
+            Event::Resolved { host, port, result } => self.on_resolved(&host, port, result),
+            Event::Signal(Signal::Terminate) => self.drain(),
+            Event::Signal(Signal::Reload) => {
+                log::info!("SIGHUP: reading the token and CaFile again, reopening the log");
+                self.see_token();
+                if let Some(tls) = self.host.on_reload() {
+                    self.tls = Some(tls);
+                }
+            }
+        }
+    }
+
+    fn see_token(&mut self) {
+        self.token_seen = self.now.mono;
+        if let Some(token) = self.tokens.poll() {
+            log::info!("the token has changed; the old one stops working");
+            self.broker.set_token(token);
+        }
+    }
+
+    /// No more connections; those that are idle end now, the others after their reply.
+    fn drain(&mut self) {
+        if self.drain_until.is_some() {
+            return;
+        }
+        log::info!("ending: finishing {} connections", self.inbound.len());
+        self.drain_until = Some(self.now.mono.after(DRAIN_LIFE));
+        self.net.stop_listening();
+        self.acceptable.clear();
+        self.broker.drain();
+        let idle = |conn: &Inbound| matches!(conn.state, State::Idle) && conn.unsent.is_none();
+        let tokens: Vec<Token> =
+            self.inbound.iter().filter(|(_, conn)| idle(conn)).map(|(it, _)| it).collect();
+        for token in tokens {
+            // A request that has arrived and was not read yet is in flight too.
+            self.on_inbound(token, Readiness { readable: true, ..Readiness::default() });
+            if self.inbound.get(token).is_some_and(idle) {
+                self.close_inbound(token);
+            }
+        }
+    }
+
+    fn is_done(&mut self) -> bool {
+        let Some(until) = self.drain_until else { return false };
+        if self.now.mono < until && self.inbound.len() > 0 {
+            return false;
+        }
+        self.broker.give_up();
+        while let Some(output) = self.broker.poll_output() {
+            if let Output::Answer(answer) = output {
+                self.deliver(&answer);
+            }
+        }
+        let inbound: Vec<Token> = self.inbound.iter().map(|(token, _)| token).collect();
+        for token in inbound {
+            self.close_inbound(token);
+        }
+        let outbound: Vec<Token> = self.outbound.iter().map(|(token, _)| token).collect();
+        for token in outbound {
+            self.close_outbound(token);
+        }
+        true
+    }
+
+    fn on_deadlines(&mut self) {
+        self.deadline_floor = Mono::NEVER;
+        let now = self.now.mono;
+        let mut due = Vec::new();
+        for (token, conn) in self.inbound.iter() {
+            let deadline = conn.deadline();
+            if now >= deadline {
+                due.push(token);
+            } else {
+                self.deadline_floor = self.deadline_floor.min(deadline);
+            }
+        }
+        for token in due {
+            // A client that broke its deadline gets no reply: it would not be the one to a request.
+            self.close_inbound(token);
+        }
+        let mut due = Vec::new();
+        for (token, conn) in self.outbound.iter() {
+            let deadline = conn.deadline();
+            if now >= deadline {
+                due.push(token);
+            } else {
+                self.deadline_floor = self.deadline_floor.min(deadline);
+            }
+        }
+        for token in due {
+            self.on_outbound_time(token);
+        }
+    }
+}
