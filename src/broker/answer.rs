@@ -1,16 +1,20 @@
 //! What a client is told: a secret, or why not.
 
 use super::gate::Denial;
-use crate::cache::Body;
+use crate::cache::{Body, Span};
 use crate::call::{CallError, CallErrorKind};
+use crate::config::ResponseType;
 use crate::http::write::{self, Date, Persistence};
+use crate::kms::format::{self, Kv};
 use crate::kms::reply::KmsError;
 use crate::random::Random;
 use crate::time::Mono;
+use serde_json::json;
 use std::borrow::Cow;
 use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 const JSON: &str = "application/json";
 
@@ -51,6 +55,8 @@ pub struct Failure {
     pub request_id: String,
     /// `Retry-After`, seconds.
     pub retry_after_s: Option<u64>,
+    /// A gate refused the request: AWS's agent says that in plain text.
+    at_gate: bool,
 }
 
 impl Failure {
@@ -63,6 +69,7 @@ impl Failure {
             message: error.message.clone().into(),
             request_id: error.request_id.clone(),
             retry_after_s: None,
+            at_gate: false,
         }
     }
 
@@ -100,6 +107,7 @@ impl Failure {
             message: message.into(),
             request_id: String::new(),
             retry_after_s: None,
+            at_gate: false,
         }
     }
 }
@@ -107,22 +115,37 @@ impl Failure {
 impl From<Denial> for Failure {
     fn from(denial: Denial) -> Failure {
         let retry_after_s = (denial.status == 429).then_some(1);
-        Failure { retry_after_s, ..Failure::ours(denial.status, denial.code, denial.message) }
+        Failure { retry_after_s, at_gate: true, ..Failure::ours(denial.status, denial.code, denial.message) }
     }
 }
 
 /// The content of a reply.
 #[derive(Clone, Debug)]
 pub enum Content {
-    /// KMS's reply, when KMS gave it, and where it came from now.
-    Secret(Body, Mono, XCache),
+    /// A stored body, the span of its freshness, and where it came from now.
+    Secret(Body, Span, XCache),
     /// None.
     Failure(Rc<Failure>),
+}
+
+/// What of KMS's reply is kept for `key`: for type 2, which has two forms and a lease that runs down, KMS's
+/// reply itself; else the body as it goes out.
+#[must_use]
+pub fn to_be_kept(
+    response_type: ResponseType,
+    asked_id: &str,
+    body: Zeroizing<Vec<u8>>,
+) -> Zeroizing<Vec<u8>> {
+    match response_type {
+        ResponseType::Kms | ResponseType::Vault => body,
+        ResponseType::Aws => format::aws(asked_id, &body),
+    }
 }
 
 /// Writes replies; holds what they share.
 #[derive(Debug)]
 pub struct Writer {
+    response_type: ResponseType,
     date: Date,
     random: Random,
 }
@@ -130,8 +153,8 @@ pub struct Writer {
 impl Writer {
     /// `random` makes request ids.
     #[must_use]
-    pub fn new(random: Random) -> Writer {
-        Writer { date: Date::default(), random }
+    pub fn new(response_type: ResponseType, random: Random) -> Writer {
+        Writer { response_type, date: Date::default(), random }
     }
 
     /// Brings `Date` to the second; once a tick.
@@ -140,27 +163,44 @@ impl Writer {
     }
 
     /// A secret. HEAD gets the same without the body (RFC 9110 9.3.2).
-    pub fn secret(&self, out: &mut Vec<u8>, body: &[u8], age: Duration, x_cache: XCache, to: Manner) {
+    pub fn secret(&self, out: &mut Vec<u8>, kept: &[u8], span: Span, now: Mono, x_cache: XCache, to: Manner) {
+        let rendered;
+        let body = match self.response_type {
+            ResponseType::Kms | ResponseType::Aws => kept,
+            ResponseType::Vault => {
+                rendered = format::vault(to.kv, kept, span.expires.since(now).as_secs());
+                &rendered
+            }
+        };
         write::begin(out, &self.date, 200, JSON, body.len());
         write::header(out, "X-Cache", x_cache);
-        write::header(out, "Age", age.as_secs());
+        write::header(out, "Age", now.since(span.fetched).as_secs());
         to.end(out, body);
     }
 
-    /// A failure, as KMS words its own: `{"Code":..,"Message":..,"RequestId":..}`.
+    /// A failure, in the words that the client's kind expects.
     pub fn failure(&mut self, out: &mut Vec<u8>, failure: &Failure, to: Manner) {
-        let request_id = match failure.request_id.as_str() {
-            "" => Cow::Owned(uuid(self.random.next_u128())),
-            theirs => Cow::Borrowed(theirs),
+        let Failure { code, message, .. } = failure;
+        let (content_type, body) = match self.response_type {
+            ResponseType::Kms => {
+                let request_id = match failure.request_id.as_str() {
+                    "" => Cow::Owned(uuid(self.random.next_u128())),
+                    theirs => Cow::Borrowed(theirs),
+                };
+                (JSON, json!({"Code": code, "Message": message, "RequestId": request_id}).to_string())
+            }
+            ResponseType::Aws if failure.at_gate => ("text/plain", message.clone().into_owned()),
+            ResponseType::Aws => (JSON, json!({"__type": code, "message": message}).to_string()),
+            ResponseType::Vault if failure.at_gate => (JSON, json!({"errors": [message]}).to_string()),
+            ResponseType::Vault => (JSON, json!({"errors": [format!("{code}: {message}")]}).to_string()),
         };
-        let body = serde_json::json!({
-            "Code": failure.code,
-            "Message": failure.message,
-            "RequestId": request_id,
-        });
-        let body = body.to_string();
-        write::begin(out, &self.date, failure.status, JSON, body.len());
-        if failure.status == 405 {
+        // For Vault's clients a secret that KMS refuses is forbidden, whatever KMS calls it.
+        let status = match (self.response_type, failure.status) {
+            (ResponseType::Vault, 409) => 403,
+            (_, status) => status,
+        };
+        write::begin(out, &self.date, status, content_type, body.len());
+        if status == 405 {
             write::header(out, "Allow", "GET, HEAD");
         }
         if let Some(seconds) = failure.retry_after_s {
@@ -182,6 +222,8 @@ impl Writer {
 pub struct Manner {
     /// HEAD: no body.
     pub head_only: bool,
+    /// Which KV it speaks, where that matters.
+    pub kv: Kv,
     /// What becomes of the connection.
     pub persistence: Persistence,
 }
@@ -208,10 +250,17 @@ fn uuid(bits: u128) -> String {
 mod tests {
     use super::*;
 
-    const KEEP: Manner = Manner { head_only: false, persistence: Persistence::KeepAlive };
+    const KEEP: Manner = Manner { head_only: false, kv: Kv::V1, persistence: Persistence::KeepAlive };
+
+    const SPAN: Span = Span { fetched: Mono::from_micros(0), expires: Mono::from_micros(10_000_000) };
+    const NOW: Mono = Mono::from_micros(2_999_000);
 
     fn text(write: impl FnOnce(&mut Writer, &mut Vec<u8>)) -> String {
-        let (mut writer, mut out) = (Writer::new(Random::from_seed(1)), Vec::new());
+        text_of(ResponseType::Kms, write)
+    }
+
+    fn text_of(response_type: ResponseType, write: impl FnOnce(&mut Writer, &mut Vec<u8>)) -> String {
+        let (mut writer, mut out) = (Writer::new(response_type, Random::from_seed(1)), Vec::new());
         writer.set_time(784_111_777);
         write(&mut writer, &mut out);
         String::from_utf8(out).unwrap()
@@ -219,8 +268,7 @@ mod tests {
 
     #[test]
     fn a_secret_byte_for_byte() {
-        let full =
-            text(|w, out| w.secret(out, b"{\"a\": 1}", Duration::from_millis(2999), XCache::Hit, KEEP));
+        let full = text(|w, out| w.secret(out, b"{\"a\": 1}", SPAN, NOW, XCache::Hit, KEEP));
         assert_eq!(
             full,
             "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 8\r\n\
@@ -228,7 +276,7 @@ mod tests {
         );
         let head = text(|w, out| {
             let to = Manner { head_only: true, ..KEEP };
-            w.secret(out, b"{\"a\": 1}", Duration::from_secs(2), XCache::Hit, to);
+            w.secret(out, b"{\"a\": 1}", SPAN, NOW, XCache::Hit, to);
         });
         assert_eq!(Some(head.as_str()), full.strip_suffix("{\"a\": 1}"));
     }
@@ -251,5 +299,28 @@ mod tests {
         let wait = Duration::from_millis(1200);
         assert!(of(Failure::no_credentials(&"x", wait)).contains("\r\nRetry-After: 2\r\n"));
         assert!(of(Failure::no_credentials(&"x", Duration::ZERO)).contains("\r\nRetry-After: 1\r\n"));
+    }
+
+    #[test]
+    fn each_kind_of_client_gets_errors_in_its_own_words() {
+        let gate = || Failure { at_gate: true, ..Failure::ours(403, "InvalidToken", "Bad Token") };
+        let kms = || Failure::ours(409, "Rejected.Disabled", "it is \"off\"");
+        for (response_type, failure, status, body) in [
+            (ResponseType::Aws, gate(), "403", "Bad Token"),
+            (ResponseType::Aws, kms(), "409", r#"{"__type":"Rejected.Disabled","message":"it is \"off\""}"#),
+            (ResponseType::Vault, gate(), "403", r#"{"errors":["Bad Token"]}"#),
+            (ResponseType::Vault, kms(), "403", r#"{"errors":["Rejected.Disabled: it is \"off\""]}"#),
+        ] {
+            let reply = text_of(response_type, |w, out| w.failure(out, &failure, KEEP));
+            let (head, got) = reply.split_once("\r\n\r\n").unwrap();
+            assert_eq!((&head[9..12], got), (status, body));
+        }
+    }
+
+    #[test]
+    fn a_lease_runs_down() {
+        let kept = br#"{"SecretData":"x"}"#;
+        let reply = text_of(ResponseType::Vault, |w, out| w.secret(out, kept, SPAN, NOW, XCache::Hit, KEEP));
+        assert!(reply.contains(r#""lease_duration":7,"data":{"value":"x"}"#), "{reply}");
     }
 }

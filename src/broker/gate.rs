@@ -1,14 +1,17 @@
 //! The gates of the contract, in their order: the first that fails answers.
 #![warn(clippy::indexing_slicing)]
 
-use crate::config;
+use crate::config::{self, ResponseType};
 use crate::http::percent::{self, BadEncoding};
 use crate::http::request::{Reject, Request};
+use crate::kms::format::{self, Kv};
 use crate::secret::Secret;
 use std::borrow::Cow;
 
 /// The longest secret id, in bytes, after decoding.
 pub const ID_BYTES_MAX: usize = 512;
+/// Where KV version 2 has its secrets, behind `PathPrefix` (ResponseType 2).
+const KV2_PREFIX: &str = "secret/data/";
 /// Foreign text quoted in a message is cut to this many characters.
 const QUOTED_CHARS_MAX: usize = 64;
 
@@ -32,8 +35,8 @@ pub struct Question<'a> {
     pub version_stage: Option<Cow<'a, str>>,
     /// `refreshNow`.
     pub refresh_now: bool,
-    /// Asked as `{PathPrefix}ID`, not by query.
-    pub by_path: bool,
+    /// Which version of HashiCorp's KV was spoken, for ResponseType 2.
+    pub kv: Kv,
 }
 
 /// A refused request.
@@ -117,12 +120,14 @@ pub fn pass<'b>(
         return Ok(Route::Ping);
     }
     if request.path == "/secretsmanager/get" {
-        return question(None, request.query).map(Route::Secret);
+        return question(None, Kv::V1, server.response_type, request.query).map(Route::Secret);
     }
-    match request.path.strip_prefix(server.path_prefix.as_str()) {
-        Some(id) => question(Some(id), request.query).map(Route::Secret),
-        None => Err(NOT_FOUND),
-    }
+    let Some(id) = request.path.strip_prefix(server.path_prefix.as_str()) else { return Err(NOT_FOUND) };
+    let (id, kv) = match id.strip_prefix(KV2_PREFIX) {
+        Some(id) if server.response_type == ResponseType::Vault => (id, Kv::V2),
+        _ => (id, Kv::V1),
+    };
+    question(Some(id), kv, server.response_type, request.query).map(Route::Secret)
 }
 
 fn is_our_host(host: &str, allowed: &[String]) -> bool {
@@ -131,7 +136,12 @@ fn is_our_host(host: &str, allowed: &[String]) -> bool {
         || allowed.iter().any(|name| name.eq_ignore_ascii_case(bare))
 }
 
-fn question<'b>(path_id: Option<&'b str>, query: Option<&'b str>) -> Result<Question<'b>, Denial> {
+fn question<'b>(
+    path_id: Option<&'b str>,
+    kv: Kv,
+    response_type: ResponseType,
+    query: Option<&'b str>,
+) -> Result<Question<'b>, Denial> {
     let (mut id, mut version_id, mut version_stage, mut refresh_now) = (None, None, None, None);
     for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -179,8 +189,11 @@ fn question<'b>(path_id: Option<&'b str>, query: Option<&'b str>) -> Result<Ques
     };
     // An empty one is a variable that a script did not set: as if it were not there.
     let version_id = version_id.filter(|it| !it.is_empty());
-    let version_stage = version_stage.filter(|it| !it.is_empty());
-    Ok(Question { id, version_id, version_stage, refresh_now, by_path: path_id.is_some() })
+    let version_stage = version_stage.filter(|it| !it.is_empty()).map(|stage| match response_type {
+        ResponseType::Aws => Cow::Owned(format::stage_from_aws(&stage).to_owned()),
+        ResponseType::Kms | ResponseType::Vault => stage,
+    });
+    Ok(Question { id, version_id, version_stage, refresh_now, kv })
 }
 
 /// Foreign text, fit to be shown in a message: printable, and not long.
@@ -194,7 +207,12 @@ mod tests {
     use crate::http::request::{Parsed, header_room, parse};
 
     fn verdict(head: &str, busy: bool) -> String {
+        verdict_of(ResponseType::Kms, head, busy)
+    }
+
+    fn verdict_of(response_type: ResponseType, head: &str, busy: bool) -> String {
         let server = config::Server {
+            response_type,
             allowed_hosts: vec!["agent.internal".into()],
             ..config::Config::default().server
         };
@@ -204,14 +222,8 @@ mod tests {
         match pass(&request, &server, &token, busy) {
             Ok(Route::Ping) => "ping".into(),
             Ok(Route::Secret(q)) => {
-                format!(
-                    "{} {:?} {:?} {} {}",
-                    q.id,
-                    q.version_id.as_deref(),
-                    q.version_stage.as_deref(),
-                    q.refresh_now,
-                    q.by_path
-                )
+                let (id, stage) = (q.version_id.as_deref(), q.version_stage.as_deref());
+                format!("{} {id:?} {stage:?} {} {:?}", q.id, q.refresh_now, q.kv)
             }
             Err(denial) => format!("{} {} {}", denial.status, denial.code, denial.message),
         }
@@ -224,15 +236,15 @@ mod tests {
     #[test]
     fn questions() {
         for (target, expected) in [
-            ("/secretsmanager/get?secretId=db", "db None None false false"),
+            ("/secretsmanager/get?secretId=db", "db None None false V1"),
             (
                 "/secretsmanager/get?secretId=a+b%2Bc%2Fd&versionStage=ACSPrevious&",
-                "a b+c/d None Some(\"ACSPrevious\") false false",
+                "a b+c/d None Some(\"ACSPrevious\") false V1",
             ),
-            ("/secretsmanager/get?secretId=db&versionId=1&refreshNow=TRUE", "db Some(\"1\") None true false"),
-            ("/secretsmanager/get?secretId=db&versionStage=&refreshNow=0", "db None None false false"),
-            ("/v1/a/b+c%20d?refreshNow=1", "a/b+c d None None true true"),
-            ("/v1/a..b/...", "a..b/... None None false true"),
+            ("/secretsmanager/get?secretId=db&versionId=1&refreshNow=TRUE", "db Some(\"1\") None true V1"),
+            ("/secretsmanager/get?secretId=db&versionStage=&refreshNow=0", "db None None false V1"),
+            ("/v1/a/b+c%20d?refreshNow=1", "a/b+c d None None true V1"),
+            ("/v1/a..b/...", "a..b/... None None false V1"),
             ("/ping?x", "ping"),
         ] {
             assert_eq!(get(target), expected, "{target}");
@@ -261,7 +273,24 @@ mod tests {
         ] {
             assert_eq!(get(target), format!("400 InvalidParameter {message}"), "{target}");
         }
-        assert!(get(&format!("/v1/{}", "a".repeat(512))).ends_with("true"));
+        assert!(get(&format!("/v1/{}", "a".repeat(512))).ends_with("V1"));
+    }
+
+    #[test]
+    fn other_response_types_have_names_of_their_own() {
+        let get = |response_type, target: &str| {
+            verdict_of(
+                response_type,
+                &format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0k\r\n\r\n"),
+                false,
+            )
+        };
+        let target = "/v1/secret/data/a/b?versionStage=AWSPREVIOUS";
+        assert_eq!(get(ResponseType::Kms, target), "secret/data/a/b None Some(\"AWSPREVIOUS\") false V1");
+        assert_eq!(get(ResponseType::Aws, target), "secret/data/a/b None Some(\"ACSPrevious\") false V1");
+        assert_eq!(get(ResponseType::Vault, target), "a/b None Some(\"AWSPREVIOUS\") false V2");
+        assert_eq!(get(ResponseType::Vault, "/v1/secret/x"), "secret/x None None false V1");
+        assert!(get(ResponseType::Vault, "/v1/secret/data/").ends_with("missing secret ID"));
     }
 
     /// A request that would fail at every gate, mended gate by gate.

@@ -18,6 +18,7 @@ use crate::http::request::{Reject, Request};
 use crate::http::response::Response;
 use crate::http::write::Persistence;
 use crate::identity::{Identity, Standing};
+use crate::kms::format::Kv;
 use crate::kms::reply::{self, Reply};
 use crate::kms::{request as kms_request, retry};
 use crate::log::escape;
@@ -28,7 +29,7 @@ use answer::{Content, Failure, Manner, Writer, XCache};
 use circuit::Circuit;
 use flight::{Budget, Flight, FlightId, Phase, Reader};
 use gate::{Denial, Question, Route};
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashMap;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
@@ -111,6 +112,7 @@ pub struct Broker {
     outputs: VecDeque<Output>,
     writer: Writer,
     random: Random,
+    refresh_jitter_per_mille: u32,
     last_number: u64,
     /// What KMS's clock shows more than ours, in seconds.
     clock_offset_s: i64,
@@ -150,8 +152,9 @@ impl Broker {
             circuit: Circuit::default(),
             refreshed: crate::cache::lru::Lru::new(config.cache.size, usize::MAX),
             outputs: VecDeque::new(),
-            writer: Writer::new(Random::from_seed(random.next_u64())),
+            writer: Writer::new(config.server.response_type, Random::from_seed(random.next_u64())),
             random,
+            refresh_jitter_per_mille: REFRESH_JITTER_PER_MILLE,
             last_number: 0,
             clock_offset_s: 0,
             flight_floor: Mono::NEVER,
@@ -163,6 +166,12 @@ impl Broker {
     /// A new token; the old one stops working at once.
     pub fn set_token(&mut self, token: Secret) {
         self.token = token;
+    }
+
+    /// Spreads refreshes over so much of a value's life, at most [`REFRESH_JITTER_PER_MILLE`]; the fleet
+    /// simulation shows what happens without.
+    pub fn set_refresh_jitter(&mut self, per_mille: u32) {
+        self.refresh_jitter_per_mille = per_mille;
     }
 
     /// From now on every reply is its connection's last.
@@ -187,13 +196,16 @@ impl Broker {
             (true, false) => Persistence::KeepAlive,
             (true, true) => Persistence::KeepAliveSaid,
         };
-        let manner = Manner { head_only: request.method == "HEAD", persistence };
+        let mut manner = Manner { head_only: request.method == "HEAD", kv: Kv::V1, persistence };
         match gate::pass(request, &self.server, &self.token, busy) {
             Ok(Route::Ping) => {
                 self.writer.healthy(out, manner);
                 Asked::Answered(Done { status: 200, x_cache: None, code: None, persistence })
             }
-            Ok(Route::Secret(question)) => self.ask_secret(client, &question, manner, now.mono, out),
+            Ok(Route::Secret(question)) => {
+                manner.kv = question.kv;
+                self.ask_secret(client, &question, manner, now.mono, out)
+            }
             Err(denial) => Asked::Answered(self.deny(denial, manner, out)),
         }
     }
@@ -201,7 +213,11 @@ impl Broker {
     /// Answers what is no request.
     pub fn reject(&mut self, reject: Reject, now: Now, out: &mut Vec<u8>) -> Done {
         self.writer.set_time(now.unix_s);
-        self.deny(reject.into(), Manner { head_only: false, persistence: Persistence::Close }, out)
+        self.deny(
+            reject.into(),
+            Manner { head_only: false, kv: Kv::V1, persistence: Persistence::Close },
+            out,
+        )
     }
 
     fn deny(&mut self, denial: Denial, manner: Manner, out: &mut Vec<u8>) -> Done {
@@ -220,8 +236,8 @@ impl Broker {
     fn write(&mut self, content: &Content, manner: Manner, now: Mono, out: &mut Vec<u8>) -> Done {
         let persistence = manner.persistence;
         match content {
-            Content::Secret(body, fetched, x_cache) => {
-                self.writer.secret(out, body, now.since(*fetched), *x_cache, manner);
+            Content::Secret(body, span, x_cache) => {
+                self.writer.secret(out, body, *span, now, *x_cache, manner);
                 Done { status: 200, x_cache: Some(*x_cache), code: None, persistence }
             }
             Content::Failure(failure) => {
@@ -252,7 +268,7 @@ impl Broker {
         let known_failing = self.is_known_failing(key);
         match self.cache.lookup(key, now) {
             Lookup::Fresh { value, refresh } => {
-                self.writer.secret(out, &value.body, now.since(value.fetched), XCache::Hit, manner);
+                self.writer.secret(out, &value.body, value.span, now, XCache::Hit, manner);
                 if refresh {
                     self.refresh(key.to_owned(), now);
                 }
@@ -263,7 +279,7 @@ impl Broker {
                 Asked::Answered(self.write(&content, manner, now, out))
             }
             Lookup::Expired(value) if known_failing => {
-                let content = Content::Secret(Rc::clone(&value.body), value.fetched, XCache::Stale);
+                let content = Content::Secret(Rc::clone(&value.body), value.span, XCache::Stale);
                 self.refresh(key.to_owned(), now);
                 Asked::Answered(self.write(&content, manner, now, out))
             }
@@ -284,8 +300,8 @@ impl Broker {
         match &last.failure {
             Some(failure) => Some(Content::Failure(Rc::clone(failure))),
             None => {
-                let value = self.cache.servable(key, now).filter(|value| now < value.expires)?;
-                Some(Content::Secret(Rc::clone(&value.body), value.fetched, XCache::Hit))
+                let value = self.cache.servable(key, now).filter(|value| now < value.span.expires)?;
+                Some(Content::Secret(Rc::clone(&value.body), value.span, XCache::Hit))
             }
         }
     }
@@ -412,8 +428,8 @@ impl Broker {
     /// Gives all who accept it the cached value, fresh or stale.
     fn answer_from_cache(&mut self, flight: &mut Flight, now: Mono) {
         let Some(value) = self.cache.servable(flight.key.as_ref(), now) else { return };
-        let x_cache = if now < value.expires { XCache::Hit } else { XCache::Stale };
-        let content = Content::Secret(Rc::clone(&value.body), value.fetched, x_cache);
+        let x_cache = if now < value.span.expires { XCache::Hit } else { XCache::Stale };
+        let content = Content::Secret(Rc::clone(&value.body), value.span, x_cache);
         let (waiting, answered) = flight.readers.drain(..).partition(|reader| reader.refresh_now);
         flight.readers = waiting;
         self.answer_all(answered, |_| content.clone());
@@ -605,10 +621,10 @@ impl Broker {
             _ => return self.put_back(id, flight, now.mono),
         };
         let took_ms = now.mono.since(began).as_millis();
+        let on_kms_clock = Now { unix_s: now.unix_s.saturating_add(self.clock_offset_s), ..now };
         let reply = match outcome {
             Ok(response) => {
-                let kms_unix_s = now.unix_s.saturating_add(self.clock_offset_s);
-                let reply = reply::parse(flight.key.as_ref().id, response, kms_unix_s);
+                let reply = reply::parse(flight.key.as_ref().id, response, on_kms_clock.unix_s);
                 log_reply(&flight.key, &reply, took_ms);
                 reply
             }
@@ -628,20 +644,17 @@ impl Broker {
         }
         match reply {
             Reply::Value(value) => {
-                let body = Rc::new(value.body);
-                let jitter = self.random.up_to(u64::from(REFRESH_JITTER_PER_MILLE));
+                let asked_id = flight.key.as_ref().id;
+                let body = Rc::new(answer::to_be_kept(self.server.response_type, asked_id, value.body));
+                let jitter = self.random.up_to(u64::from(self.refresh_jitter_per_mille));
                 let jitter = u32::try_from(jitter).unwrap_or(0);
-                self.cache.insert(
-                    flight.key.clone(),
-                    Rc::clone(&body),
-                    value.next_rotation_unix_s,
-                    now,
-                    jitter,
-                );
+                let key = flight.key.clone();
+                let rotation = value.next_rotation_unix_s;
+                let span = self.cache.insert(key, Rc::clone(&body), rotation, on_kms_clock, jitter);
                 self.remember_refresh(&flight, None);
                 self.answer_all(std::mem::take(&mut flight.readers), |reader| {
                     let x_cache = if reader.refresh_now { XCache::Refresh } else { XCache::Miss };
-                    Content::Secret(Rc::clone(&body), now.mono, x_cache)
+                    Content::Secret(Rc::clone(&body), span, x_cache)
                 });
                 self.land(id, flight, now.mono);
             }
@@ -818,7 +831,7 @@ impl Broker {
         self.cache.check_invariants();
         assert!(self.calls.len() <= UPSTREAM_CALLS_MAX && self.flights.len() <= FLIGHTS_MAX);
         assert_eq!(self.by_key.len(), self.flights.len());
-        let mut clients = HashSet::new();
+        let mut clients = hashbrown::HashSet::new();
         for (id, flight) in &self.flights {
             assert_eq!(self.by_key.get(&flight.key), Some(id), "one flight a key");
             assert_eq!(

@@ -27,16 +27,23 @@ pub type Body = Rc<Zeroizing<Vec<u8>>>;
 /// A secret's value as KMS gave it.
 #[derive(Debug)]
 pub struct Value {
-    /// KMS's reply, byte for byte.
+    /// KMS's reply, or what is kept of it.
     pub body: Body,
-    /// When KMS gave it.
-    pub fetched: Mono,
-    /// When it stops being fresh.
-    pub expires: Mono,
+    /// When it is fresh.
+    pub span: Span,
     /// When it is worth refreshing if it is hot; [`Mono::NEVER`] once that has begun.
     refresh_at: Mono,
     /// Read since the fetch that brought it: hot.
     read: bool,
+}
+
+/// From when to when a value is fresh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// When KMS gave it.
+    pub fetched: Mono,
+    /// When its freshness ends.
+    pub expires: Mono,
 }
 
 /// What the cache knows of a key.
@@ -113,7 +120,7 @@ impl Cache {
             self.values.remove(key);
         }
         let Some(value) = self.values.touch(key) else { return Lookup::Absent };
-        if now >= value.expires {
+        if now >= value.span.expires {
             return Lookup::Expired(value);
         }
         value.read = true;
@@ -135,7 +142,7 @@ impl Cache {
     /// [`REFRESH_JITTER_PER_MILLE`]) spreads refreshes.
     ///
     /// A rotation that KMS announces for a moment within the life ends the life there; until then a
-    /// refresh could only bring the old value again, so it is not begun before.
+    /// refresh could only bring the old value again, so it is not begun before. `now` is on KMS's clock.
     pub fn insert(
         &mut self,
         key: Key,
@@ -143,12 +150,8 @@ impl Cache {
         next_rotation_unix_s: Option<i64>,
         now: Now,
         jitter_per_mille: u32,
-    ) {
+    ) -> Span {
         self.refusals.remove(key.as_ref());
-        if self.lives.ttl.is_zero() {
-            self.values.remove(key.as_ref());
-            return;
-        }
         let end = now.mono.after(self.lives.ttl);
         let rotation = next_rotation_unix_s
             .and_then(|at| u64::try_from(at.saturating_sub(now.unix_s)).ok())
@@ -162,9 +165,14 @@ impl Cache {
                 (end, now.mono.after(self.lives.ttl * share / 1000))
             }
         };
-        let weight_bytes = body.len();
-        let value = Value { body, fetched: now.mono, expires, refresh_at, read: false };
-        self.values.insert(key, value, weight_bytes);
+        let span = Span { fetched: now.mono, expires };
+        if self.lives.ttl.is_zero() {
+            self.values.remove(key.as_ref());
+        } else {
+            let weight_bytes = body.len();
+            self.values.insert(key, Value { body, span, refresh_at, read: false }, weight_bytes);
+        }
+        span
     }
 
     /// KMS refuses this secret: its value goes at once, the refusal stays for [`REFUSAL_LIFE`].
@@ -211,14 +219,14 @@ impl Cache {
         self.refusals.check_invariants();
         for (key, value) in self.values.iter() {
             assert!(self.refusals.peek(key.as_ref()).is_none(), "a refused secret has no value");
-            assert!(value.fetched <= value.expires);
+            assert!(value.span.fetched <= value.span.expires);
         }
     }
 }
 
 impl Lives {
     fn is_dead(self, value: &Value, now: Mono) -> bool {
-        now >= value.expires.after(self.max_stale)
+        now >= value.span.expires.after(self.max_stale)
     }
 }
 
@@ -310,7 +318,11 @@ mod tests {
         {
             let mut cache = cache(50);
             put(&mut cache, rotation.map(|seconds| at(0).unix_s + seconds), 0);
-            assert_eq!(cache.servable(db(), at(0).mono).unwrap().expires, at(expires_s).mono, "{rotation:?}");
+            assert_eq!(
+                cache.servable(db(), at(0).mono).unwrap().span.expires,
+                at(expires_s).mono,
+                "{rotation:?}"
+            );
         }
     }
 

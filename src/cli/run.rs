@@ -1,7 +1,7 @@
 //! `kms-agent run`: puts the agent together and serves.
 
 use crate::broker::Broker;
-use crate::config::{self, AuthType, Config, ResponseType};
+use crate::config::{self, AuthType, Config};
 use crate::conn::tls;
 use crate::identity::Identity;
 use crate::identity::metadata::Wanted;
@@ -228,9 +228,6 @@ fn raise_descriptor_limit(connections_max: usize) {
 
 /// Keys that are understood and whose feature is still to come are never ignored silently.
 fn say_what_is_not_there_yet(config: &Config) {
-    if config.server.response_type != ResponseType::Kms {
-        log::warn!("[Server] ResponseType: this version replies in KMS's own format (0) only");
-    }
     if !matches!(config.kms.auth_type, AuthType::Auto | AuthType::RamRole) || config.kms.aap_arn.is_some() {
         log::warn!("[KMS] AuthType, AapArn: this version authenticates with the instance's RAM role only");
     }

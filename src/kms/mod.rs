@@ -1,5 +1,6 @@
 //! KMS's `GetSecretValue`: the signed request, the reply and what it means, when to try again.
 
+pub mod format;
 pub mod reply;
 pub mod request;
 pub mod retry;
