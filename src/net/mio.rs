@@ -186,6 +186,7 @@ impl Net for MioNet {
                         readable: event.is_readable() || event.is_read_closed() || event.is_error(),
                         writable: event.is_writable() || event.is_error(),
                         read_closed: event.is_read_closed(),
+                        gone: event.is_error() || event.is_read_closed() && event.is_write_closed(),
                     };
                     events.push(Event::Socket(token, ready));
                 }

@@ -45,6 +45,8 @@ pub struct Readiness {
     pub writable: bool,
     /// The peer will send no more.
     pub read_closed: bool,
+    /// The peer is gone: nothing that is sent will arrive.
+    pub gone: bool,
 }
 
 /// What the operating system asks of the agent.

@@ -14,6 +14,9 @@ use std::io;
 
 /// Unfinished heads together hold at most this much; past it the oldest go.
 const HELD_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Reads from one client, and connections accepted, in one tick: nobody keeps the others waiting.
+const READS_MAX: usize = 16;
+const ACCEPTS_MAX: usize = 256;
 /// Pipelined requests are answered in batches of about this size.
 const BATCH_BYTES: usize = 64 * 1024;
 /// A batch, and the largest reply on top of it.
@@ -37,7 +40,9 @@ impl<N: Net> Server<N> {
     /// Accepts what there is, as far as there is room.
     pub(super) fn accept_all(&mut self) {
         for listener in 0..self.acceptable.len() {
-            while self.acceptable.get(listener) == Some(&true)
+            let mut accepted = 0;
+            while accepted < ACCEPTS_MAX
+                && self.acceptable.get(listener) == Some(&true)
                 && self.now.mono >= self.accept_at.max(self.room_at)
             {
                 if !self.has_room() {
@@ -48,7 +53,10 @@ impl<N: Net> Server<N> {
                 }
                 let token = self.inbound.reserve();
                 match self.net.accept(listener, token) {
-                    Ok(()) => self.welcome(token),
+                    Ok(()) => {
+                        accepted += 1;
+                        self.welcome(token);
+                    }
                     Err(error) => {
                         self.inbound.vacate(token);
                         self.on_accept_error(listener, &error);
@@ -110,8 +118,8 @@ impl<N: Net> Server<N> {
     /// A client's socket is ready.
     pub(super) fn on_inbound(&mut self, token: Token, ready: Readiness) {
         let Some(mut conn) = self.inbound.take(token) else { return };
-        let mut open = true;
-        if ready.writable && conn.unsent.is_some() {
+        let mut open = !ready.gone;
+        if open && ready.writable && conn.unsent.is_some() {
             open = self.resume(token, &mut conn);
         }
         if open && ready.readable {
@@ -151,7 +159,10 @@ impl<N: Net> Server<N> {
 
     /// Reads until there is nothing more, or no more is wanted. `false`: the connection is at its end.
     fn read_all(&mut self, token: Token, conn: &mut Inbound, read_closed: bool) -> bool {
-        while conn.wants_bytes() {
+        for _ in 0..READS_MAX {
+            if !conn.wants_bytes() {
+                return true;
+            }
             match self.net.read(token, &mut self.scratch) {
                 Ok(0) => {
                     conn.half_closed = true;
@@ -174,6 +185,9 @@ impl<N: Net> Server<N> {
                 Err(_) => return false,
             }
         }
+        // Others have their turn before this one goes on.
+        let ready = Readiness { readable: true, read_closed, ..Readiness::default() };
+        self.unfinished.push((token, ready));
         true
     }
 

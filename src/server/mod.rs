@@ -86,6 +86,8 @@ pub struct Server<N> {
     accept_at: Mono,
     /// With no slot left: when to accept again, unless one is free before.
     room_at: Mono,
+    /// Clients that had more to read than one tick allows.
+    unfinished: Vec<(Token, Readiness)>,
     /// No connection's deadline lies before this.
     deadline_floor: Mono,
     /// Bytes are read into this, whoever sends them.
@@ -120,6 +122,7 @@ impl<N: Net> Server<N> {
             addresses: upstream::Addresses::default(),
             accept_at: now.mono,
             room_at: now.mono,
+            unfinished: Vec::new(),
             deadline_floor: Mono::NEVER,
             scratch: vec![0; READ_BYTES].into_boxed_slice(),
             out: Vec::new(),
@@ -150,6 +153,9 @@ impl<N: Net> Server<N> {
         self.now = self.net.now();
         if !events.is_empty() && self.now.mono.since(self.token_seen) >= TOKEN_AGE_MAX {
             self.see_token();
+        }
+        for (token, ready) in std::mem::take(&mut self.unfinished) {
+            self.on_inbound(token, ready);
         }
         for event in events.drain(..) {
             self.on_event(event);
@@ -185,6 +191,9 @@ impl<N: Net> Server<N> {
     }
 
     fn next_deadline(&self) -> Mono {
+        if !self.unfinished.is_empty() {
+            return self.now.mono;
+        }
         let accepts = self.acceptable.contains(&true);
         let accept = if accepts { self.accept_at.max(self.room_at) } else { Mono::NEVER };
         let drained = self.drain_until.unwrap_or(Mono::NEVER);
