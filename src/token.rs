@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 /// Where the token is if no variable says otherwise.
 pub const DEFAULT_FILE: &str = "/var/run/kmstoken";
 /// A larger file is not a token's.
-const FILE_BYTES_MAX: u64 = 4096;
+pub const FILE_BYTES_MAX: u64 = 4096;
 /// Owner: read and write; group, which applications join: read.
 const FILE_MODE: u32 = 0o640;
 
@@ -94,10 +94,19 @@ impl Source {
 fn read(path: &Path) -> io::Result<Secret> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(256));
     File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    parse(&bytes).map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))
+}
+
+/// The token in a file's content: all of it, without the white space around it. Empty: there is none.
+///
+/// # Errors
+/// What is wrong with the content, for a message.
+pub fn parse(bytes: &[u8]) -> Result<Secret, &'static str> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is over 4 KiB"));
+        Err("it is over 4 KiB")
+    } else {
+        Ok(Secret::from(bytes.trim_ascii()))
     }
-    Ok(Secret::from(bytes.trim_ascii()))
 }
 
 /// Writes a fresh 256-bit token in hex, unless the file is there. At no instant can others read it, and

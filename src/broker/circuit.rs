@@ -13,7 +13,7 @@ const SECRETS_TO_OPEN: usize = 3;
 pub(super) struct Circuit {
     /// The secrets that failed since the last reply; at most [`SECRETS_TO_OPEN`].
     failed: Vec<Key>,
-    /// Failures since it opened.
+    /// Probes that failed since it opened, and the failure that opened it.
     failures: u32,
     /// When the next probe may go out for a background refresh.
     probe_at: Mono,
@@ -35,8 +35,11 @@ impl Circuit {
             self.failed.push(key.to_owned());
         }
         if self.is_open() {
-            self.failures = self.failures.saturating_add(1);
-            self.probe_at = now.after(retry::backoff(self.failures, retry::BACKOFF_CAP, random));
+            // What fails before a probe was due had begun before: it says nothing about the next one.
+            if !was_open || now >= self.probe_at {
+                self.failures = self.failures.saturating_add(1);
+                self.probe_at = now.after(retry::backoff(self.failures, retry::BACKOFF_CAP, random));
+            }
             self.probe_for_reader_at = self.probe_at.min(now.after(retry::BACKOFF_BASE));
         }
         self.is_open() && !was_open
@@ -82,5 +85,20 @@ mod tests {
         assert!(circuit.open_until(true) <= now.after(retry::BACKOFF_BASE));
         assert!(circuit.open_until(true) <= circuit.open_until(false));
         assert!(circuit.on_reply() && !circuit.is_open());
+    }
+
+    #[test]
+    fn calls_that_were_out_when_it_opened_do_not_lengthen_the_pause() {
+        let (mut circuit, mut random) = (Circuit::default(), Random::from_seed(1));
+        let now = Mono::from_micros(1_000_000);
+        for id in ["a", "b", "c", "d", "e", "f", "g", "h"] {
+            circuit.on_failure(KeyRef::current(id), now, &mut random);
+        }
+        assert!(circuit.open_until(false) <= now.after(retry::BACKOFF_BASE));
+        for _ in 0..10 {
+            let now = circuit.open_until(false);
+            circuit.on_failure(KeyRef::current("a"), now, &mut random);
+        }
+        assert!(circuit.failures == 11, "probes do");
     }
 }

@@ -82,6 +82,8 @@ pub struct Inbound {
     pub reserve: bool,
     /// The client has closed its side; it may still be reading.
     pub half_closed: bool,
+    /// An event told of that end, which may be still to be read: no further event will.
+    pub end_ahead: bool,
     /// Reply bytes that the socket did not take yet, and until when it has to.
     pub unsent: Option<(Buf, Mono)>,
 }
@@ -96,6 +98,7 @@ impl Inbound {
             idle_since: None,
             reserve,
             half_closed: false,
+            end_ahead: false,
             unsent: None,
         }
     }

@@ -119,11 +119,14 @@ impl<N: Net> Server<N> {
     pub(super) fn on_inbound(&mut self, token: Token, ready: Readiness) {
         let Some(mut conn) = self.inbound.take(token) else { return };
         let mut open = !ready.gone;
+        conn.end_ahead |= ready.read_closed;
         if open && ready.writable && conn.unsent.is_some() {
             open = self.resume(token, &mut conn);
+        } else if open && conn.unsent.is_none() && matches!(conn.state, State::Paused { .. }) {
+            open = self.resume_paused(token, &mut conn);
         }
         if open && ready.readable {
-            open = self.read_all(token, &mut conn, ready.read_closed);
+            open = self.read_all(token, &mut conn);
         }
         self.settle(token, conn, open);
     }
@@ -134,6 +137,10 @@ impl<N: Net> Server<N> {
             self.deadline_floor = self.deadline_floor.min(conn.deadline());
             if conn.makes_room(self.now.mono).is_some() {
                 self.room_at = self.now.mono;
+            }
+            if conn.unsent.is_none() && matches!(conn.state, State::Paused { .. }) {
+                // Its replies went out whole, so no event will come for the rest of its requests.
+                self.unfinished.push((token, Readiness { readable: true, ..Readiness::default() }));
             }
             self.inbound.put(token, conn);
         } else {
@@ -158,7 +165,7 @@ impl<N: Net> Server<N> {
     }
 
     /// Reads until there is nothing more, or no more is wanted. `false`: the connection is at its end.
-    fn read_all(&mut self, token: Token, conn: &mut Inbound, read_closed: bool) -> bool {
+    fn read_all(&mut self, token: Token, conn: &mut Inbound) -> bool {
         for _ in 0..READS_MAX {
             if !conn.wants_bytes() {
                 return true;
@@ -172,11 +179,12 @@ impl<N: Net> Server<N> {
                 }
                 Ok(count) => {
                     let drained = count < self.scratch.len();
-                    if !self.on_bytes(token, conn, count, read_closed && drained) {
+                    if !self.on_bytes(token, conn, count, conn.end_ahead && drained) {
                         return false;
                     }
-                    // A short read empties the socket; whatever comes later is a new edge.
-                    if drained && !read_closed {
+                    // A short read empties the socket; whatever comes later is a new edge, but for an end
+                    // that was told of already.
+                    if drained && !conn.end_ahead {
                         return true;
                     }
                 }
@@ -186,8 +194,7 @@ impl<N: Net> Server<N> {
             }
         }
         // Others have their turn before this one goes on.
-        let ready = Readiness { readable: true, read_closed, ..Readiness::default() };
-        self.unfinished.push((token, ready));
+        self.unfinished.push((token, Readiness { readable: true, ..Readiness::default() }));
         true
     }
 
@@ -329,30 +336,26 @@ impl<N: Net> Server<N> {
         self.send(token, conn, &[]) && self.resume_paused(token, conn)
     }
 
-    /// Goes on with what the client has sent ahead, once its replies are out.
+    /// Goes on with what the client has sent ahead, once its replies are out: one batch of it.
     fn resume_paused(&mut self, token: Token, conn: &mut Inbound) -> bool {
-        while conn.unsent.is_none() {
+        if conn.unsent.is_none() {
             match std::mem::replace(&mut conn.state, State::Idle) {
                 State::Paused { rest } if !rest.is_empty() => {
                     let until = self.now.mono.after(HEAD_LIFE);
                     if !self.serve(token, conn, rest.as_slice(), until, conn.half_closed) {
                         return false;
                     }
-                    if matches!(conn.state, State::Paused { .. }) {
-                        continue;
-                    }
                 }
                 State::Paused { .. } => {}
                 other => conn.state = other,
             }
-            break;
         }
         if conn.half_closed && conn.unsent.is_none() && matches!(conn.state, State::Idle | State::Head { .. })
         {
             return false;
         }
         // The edge for what arrived meanwhile may be long past.
-        !conn.wants_bytes() || self.read_all(token, conn, false)
+        !conn.wants_bytes() || self.read_all(token, conn)
     }
 
     /// Sends what is unsent, then `more`. `false`: the connection is at its end.

@@ -1,0 +1,182 @@
+//! What a single value has to look like. Each function reads a text, or says what is allowed.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+use ::log::LevelFilter;
+
+use super::*;
+
+/// `true` for 1 to `bytes_max` bytes that all satisfy `allowed`.
+pub(super) fn consists_of(text: &str, bytes_max: usize, allowed: impl Fn(u8) -> bool) -> bool {
+    (1..=bytes_max).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+pub(super) fn is_name_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
+}
+
+pub(super) fn is_region(text: &str) -> bool {
+    consists_of(text, REGION_BYTES_MAX, |byte| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-'
+    })
+}
+
+/// A header that may carry the token: an RFC 9110 5.6.2 token.
+pub(super) fn read_header(text: &str) -> Result<String, String> {
+    /// What HTTP itself or the gates before the token's read from these is not a token.
+    const TAKEN: [&str; 6] =
+        ["Host", "Connection", "Content-Length", "Transfer-Encoding", "Forwarded", "X-Forwarded-For"];
+    let is_token_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+    if !consists_of(text, HEADER_NAME_BYTES_MAX, is_token_byte) {
+        return Err(format!(
+            "must be a header name: 1 to {HEADER_NAME_BYTES_MAX} letters, digits or !#$%&'*+-.^_`|~"
+        ));
+    }
+    if TAKEN.iter().any(|taken| taken.eq_ignore_ascii_case(text)) {
+        return Err(format!("cannot carry the token: none of {} can", TAKEN.join(", ")));
+    }
+    Ok(text.to_owned())
+}
+
+pub(super) fn read_env_name(text: &str) -> Result<String, String> {
+    let valid = consists_of(text, ENV_NAME_BYTES_MAX, |byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && !text.starts_with(|c: char| c.is_ascii_digit());
+    if valid {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "must be the name of an environment variable: 1 to {ENV_NAME_BYTES_MAX} letters, digits or _, no digit first"
+        ))
+    }
+}
+
+/// Path characters of RFC 3986 3.3 other than percent-encoded ones.
+pub(super) fn read_path_prefix(text: &str) -> Result<String, String> {
+    let is_path_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/".contains(&byte);
+    if text.len() > PATH_PREFIX_BYTES_MAX {
+        Err(format!("must have at most {PATH_PREFIX_BYTES_MAX} bytes"))
+    } else if !text.starts_with('/') || !text.ends_with('/') {
+        Err("must begin and end with /".to_owned())
+    } else if !text.bytes().all(is_path_byte) {
+        Err("must consist of letters, digits and -._~!$&'()*+,;=:@/ only".to_owned())
+    } else if text.contains("//") || text.split('/').any(|segment| segment == "." || segment == "..") {
+        Err("must not contain //, /./ or /../".to_owned())
+    } else {
+        Ok(text.to_owned())
+    }
+}
+
+/// A host name (underscores are let pass: container networks have them) in lower case, or an IP address;
+/// IPv6 with or without brackets, given without.
+pub(super) fn read_host(text: &str) -> Result<String, String> {
+    let must = |what: &str| Err(format!("must be a host name or an IP address: {what}"));
+    if let Some(inner) = text.strip_prefix('[') {
+        return match inner.strip_suffix(']').map(str::parse::<Ipv6Addr>) {
+            Some(Ok(address)) => Ok(address.to_string()),
+            _ => must("this is no IPv6 address in brackets"),
+        };
+    }
+    if let Ok(address) = text.parse::<Ipv6Addr>() {
+        return Ok(address.to_string());
+    }
+    let is_label = |label: &str| {
+        consists_of(label, HOST_LABEL_BYTES_MAX, |byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if text.is_empty() {
+        must("this is empty")
+    } else if text.len() > HOST_BYTES_MAX || !text.split('.').all(is_label) {
+        must("letters, digits and hyphens between dots")
+    } else if text.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()))
+        && text.parse::<Ipv4Addr>().is_err()
+    {
+        must("this is no IPv4 address")
+    } else {
+        Ok(text.to_ascii_lowercase())
+    }
+}
+
+pub(super) fn read_allowed_host(text: &str) -> Result<String, String> {
+    let is_ipv6 = text.parse::<Ipv6Addr>().is_ok() || (text.starts_with('[') && text.ends_with(']'));
+    if text.contains('*') {
+        Err("must be a whole host name: * stands for nothing here".to_owned())
+    } else if text.contains("://") || text.contains('/') {
+        Err("must be a host name or an IP address alone: leave scheme and path away".to_owned())
+    } else if text.contains(':') && !is_ipv6 {
+        Err("must be a host name or an IP address alone: leave the port away".to_owned())
+    } else {
+        read_host(text)
+    }
+}
+
+pub(super) fn read_region(text: &str) -> Result<String, String> {
+    if is_region(text) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "must be a region id such as cn-hangzhou: 1 to {REGION_BYTES_MAX} of a-z, 0-9 and -; or \"\""
+        ))
+    }
+}
+
+pub(super) fn read_auth_type(text: &str) -> Result<AuthType, String> {
+    match text {
+        "auto" => Ok(AuthType::Auto),
+        "ram_role" => Ok(AuthType::RamRole),
+        "instance_identity" => Ok(AuthType::InstanceIdentity),
+        "access_key" => Ok(AuthType::AccessKey),
+        "oidc" => Ok(AuthType::Oidc),
+        _ => Err("must be auto, ram_role, instance_identity, access_key or oidc".to_owned()),
+    }
+}
+
+pub(super) fn read_role_name(text: &str) -> Result<String, String> {
+    if consists_of(text, ROLE_NAME_BYTES_MAX, is_name_byte) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "must be the name of a RAM role: 1 to {ROLE_NAME_BYTES_MAX} of A-Z, a-z, 0-9, . _ -; or \"\""
+        ))
+    }
+}
+
+pub(super) fn read_path(text: &str) -> Result<PathBuf, String> {
+    if text.chars().any(char::is_control) {
+        Err("must be a path without control characters".to_owned())
+    } else if !(1..=PATH_BYTES_MAX).contains(&text.len()) {
+        Err(format!("must be a path of 1 to {PATH_BYTES_MAX} bytes"))
+    } else {
+        Ok(PathBuf::from(text))
+    }
+}
+
+pub(super) fn read_metadata_endpoint(text: &str) -> Result<HostPort, String> {
+    if text.starts_with("https://") {
+        return Err("must begin with http://: the metadata service speaks no TLS".to_owned());
+    }
+    let Some(rest) = text.strip_prefix("http://") else {
+        return Err("must be http://host or http://host:port".to_owned());
+    };
+    HostPort::parse(rest.strip_suffix('/').unwrap_or(rest), METADATA_PORT)
+        .map_err(|message| format!("after http:// {message}"))
+}
+
+pub(super) fn read_level(text: &str) -> Result<LevelFilter, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "debug" => Ok(LevelFilter::Debug),
+        "info" => Ok(LevelFilter::Info),
+        "warn" => Ok(LevelFilter::Warn),
+        "error" => Ok(LevelFilter::Error),
+        _ => Err("must be debug, info, warn or error".to_owned()),
+    }
+}
+
+pub(super) fn read_log_path(text: &str) -> Result<LogPath, String> {
+    match text {
+        "-" => Ok(LogPath::Stderr),
+        "" => Err("must be a folder, or \"-\" for standard error".to_owned()),
+        folder => read_path(folder).map(LogPath::Folder),
+    }
+}
