@@ -1,8 +1,9 @@
 //! The broker alone, with a hand-made clock, KMS and metadata service.
 
 use super::*;
+use crate::call::{CallError, Service};
 use crate::http::request::{Parsed, header_room, parse};
-use crate::http::response::ResponseParser;
+use crate::http::response::{Response, ResponseParser};
 use crate::identity::metadata::Wanted;
 
 const CREDENTIALS: &str = r#"{"Code":"Success","AccessKeyId":"STS.a","AccessKeySecret":"k","SecurityToken":"t",

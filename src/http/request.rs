@@ -114,6 +114,12 @@ fn request_line(bytes: &[u8]) -> (&[u8], bool) {
     }
 }
 
+/// Whether `bytes` begin with a HEAD request, be it sound or not: its reply has no body (RFC 9110 9.3.2).
+#[must_use]
+pub fn asks_for_head(bytes: &[u8]) -> bool {
+    request_line(bytes).0.starts_with(b"HEAD ")
+}
+
 fn unfinished<'h, 'b>(bytes: &[u8]) -> Parsed<'h, 'b> {
     let (line, complete) = request_line(bytes);
     let target_too_long = match line.split(|b| *b == b' ').nth(1) {
@@ -458,6 +464,18 @@ mod tests {
         ] {
             let verdict = verdict(bytes);
             assert!(verdict.starts_with("Malformed"), "{:?}: {verdict}", String::from_utf8_lossy(bytes));
+        }
+    }
+
+    #[test]
+    fn heads_are_known_even_where_they_are_refused() {
+        for (bytes, is_head) in [
+            ("HEAD / HTTP/1.1\r\n\r\n", true),
+            ("\r\n\nHEAD ", true),
+            ("HEAD", false),
+            ("GET / HEAD ", false),
+        ] {
+            assert_eq!(asks_for_head(bytes.as_bytes()), is_head, "{bytes:?}");
         }
     }
 

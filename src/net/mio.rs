@@ -17,6 +17,8 @@ use std::time::Duration;
 const BACKLOG: i32 = 1024;
 /// Packets to clients live for one hop: a reply never leaves the host.
 const TTL: u32 = 1;
+/// With `HttpPort` 0: draws until a port is free on both addresses.
+const PORT_DRAWS: u32 = 8;
 /// Events taken from the kernel in one wait.
 const EVENTS_MAX: usize = 1024;
 
@@ -118,6 +120,17 @@ fn drain(pipe: &mut mio::net::UnixStream) {
 /// # Errors
 /// When 127.0.0.1 cannot be bound, or `[::1]` exists and cannot.
 pub fn listen(port: u16) -> io::Result<Vec<std::net::TcpListener>> {
+    for _ in 0..PORT_DRAWS {
+        match listen_once(port) {
+            // The port that was free on 127.0.0.1 is taken on [::1]: draw another.
+            Err(error) if port == 0 && error.kind() == io::ErrorKind::AddrInUse => {}
+            listening => return listening,
+        }
+    }
+    listen_once(port)
+}
+
+fn listen_once(port: u16) -> io::Result<Vec<std::net::TcpListener>> {
     let v4 = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
     let port = v4.local_addr()?.port();
     match bind(SocketAddr::from((Ipv6Addr::LOCALHOST, port))) {

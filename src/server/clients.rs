@@ -4,7 +4,7 @@ use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server};
 use crate::broker::{Answer, Asked, ClientId, Done};
 use crate::buf::Buf;
 use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, State, WRITE_LIFE};
-use crate::http::request::{Parsed, Request, header_room, parse};
+use crate::http::request::{Parsed, Request, asks_for_head, header_room, parse};
 use crate::http::write::Persistence;
 use crate::log::{Reason, escape};
 use crate::net::{Net, Readiness, Token};
@@ -34,6 +34,15 @@ enum End {
     Batch,
     /// The last reply is written. `linger`: there may be bytes of the client's left.
     Last { linger: bool },
+}
+
+/// What is to be made free.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    /// A slot of `MaxConn`'s: one of the reserve would not let another request be served.
+    Regular,
+    /// Any slot, or a descriptor.
+    Any,
 }
 
 impl<N: Net> Server<N> {
@@ -74,8 +83,11 @@ impl<N: Net> Server<N> {
     fn welcome(&mut self, token: Token) {
         // The newcomer is counted already.
         let regular = self.inbound.len() - 1 - self.reserve_used;
-        let reserve = regular >= self.connections_max && !self.make_room();
+        let reserve = regular >= self.connections_max && !self.make_room(Room::Regular);
         self.reserve_used += usize::from(reserve);
+        if self.inbound.len() > self.connections_max + RESERVE_CONNECTIONS {
+            self.make_room(Room::Any);
+        }
         let conn = Inbound::new(reserve, self.now.mono);
         self.deadline_floor = self.deadline_floor.min(conn.deadline());
         self.inbound.put(token, conn);
@@ -96,16 +108,17 @@ impl<N: Net> Server<N> {
                 if let Some(left_out) = self.accept_failures.admit(self.now.mono) {
                     log::error!("cannot accept a connection: {}{left_out}", Reason(error));
                 }
-                self.make_room();
+                self.make_room(Room::Any);
                 self.accept_at = self.now.mono.after(ACCEPT_PAUSE);
             }
         }
     }
 
     /// Closes the connection that makes room most gladly; `false`: all are busy.
-    fn make_room(&mut self) -> bool {
+    fn make_room(&mut self, room: Room) -> bool {
         let now = self.now.mono;
-        let gladly = self.inbound.iter().filter_map(|(token, conn)| Some((conn.makes_room(now)?, token)));
+        let fitting = self.inbound.iter().filter(|(_, conn)| room == Room::Any || !conn.reserve);
+        let gladly = fitting.filter_map(|(token, conn)| Some((conn.makes_room(now)?, token)));
         match gladly.min_by_key(|(rank, _)| *rank) {
             Some((_, token)) => {
                 self.close_inbound(token);
@@ -198,6 +211,21 @@ impl<N: Net> Server<N> {
         true
     }
 
+    /// Reads on towards an end that an event told of, as far as there is room, so that the last reply can say
+    /// that it is the last.
+    fn read_to_end(&mut self, token: Token, conn: &mut Inbound, rest: &mut Buf) {
+        while conn.end_ahead && !conn.half_closed && rest.room() >= self.scratch.len() {
+            match self.net.read(token, &mut self.scratch) {
+                Ok(0) => conn.half_closed = true,
+                Ok(count) => {
+                    let _ = rest.extend(self.scratch.get(..count).unwrap_or_default());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    }
+
     /// `count` bytes of a client's lie in the scratch buffer. `ended`: they are its last.
     fn on_bytes(&mut self, token: Token, conn: &mut Inbound, count: usize, ended: bool) -> bool {
         let scratch = std::mem::take(&mut self.scratch);
@@ -262,7 +290,7 @@ impl<N: Net> Server<N> {
             match parse(rest, &mut room) {
                 Parsed::NeedMore => return (used, End::Unfinished),
                 Parsed::Reject(reject) => {
-                    let done = self.broker.reject(reject, self.now, out);
+                    let done = self.broker.reject(reject, asks_for_head(rest), self.now, out);
                     self.log_request(format_args!("malformed request"), &done, self.now.mono);
                     return (used, End::Last { linger: true });
                 }
@@ -284,7 +312,7 @@ impl<N: Net> Server<N> {
                             self.log_request(format_args!("{}", Shown(&request)), &done, self.now.mono);
                             if done.persistence == Persistence::Close {
                                 // A body, or more requests, may be on their way.
-                                let linger = used < bytes.len() || request.has_body;
+                                let linger = used < bytes.len() || request.has_body || busy;
                                 return (used, End::Last { linger });
                             }
                         }
@@ -296,7 +324,7 @@ impl<N: Net> Server<N> {
 
     /// A client on a reserve slot moves to a regular one if there is room by now.
     fn promote(&mut self, conn: &mut Inbound) -> bool {
-        if self.inbound.len() - self.reserve_used < self.connections_max || self.make_room() {
+        if self.inbound.len() - self.reserve_used < self.connections_max || self.make_room(Room::Regular) {
             self.reserve_used -= 1;
             conn.reserve = false;
         }
@@ -309,7 +337,8 @@ impl<N: Net> Server<N> {
         let Some(mut conn) = self.inbound.take(token) else { return };
         let mut open = true;
         match std::mem::replace(&mut conn.state, State::Idle) {
-            State::Waiting { rest, pending } => {
+            State::Waiting { mut rest, pending } => {
+                self.read_to_end(token, &mut conn, &mut rest);
                 let mut out = std::mem::take(&mut self.out);
                 out.clear();
                 let last = conn.half_closed && rest.is_empty();
@@ -340,7 +369,8 @@ impl<N: Net> Server<N> {
     fn resume_paused(&mut self, token: Token, conn: &mut Inbound) -> bool {
         if conn.unsent.is_none() {
             match std::mem::replace(&mut conn.state, State::Idle) {
-                State::Paused { rest } if !rest.is_empty() => {
+                State::Paused { mut rest } if !rest.is_empty() => {
+                    self.read_to_end(token, conn, &mut rest);
                     let until = self.now.mono.after(HEAD_LIFE);
                     if !self.serve(token, conn, rest.as_slice(), until, conn.half_closed) {
                         return false;
