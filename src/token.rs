@@ -43,18 +43,29 @@ impl fmt::Display for TokenError {
     }
 }
 
+impl std::error::Error for TokenError {}
+
 /// Where a process finds its token; the same rule for the daemon and its command line.
 #[derive(Debug)]
 pub enum Source {
     /// In a variable.
     Value(Secret),
-    /// In a file; `created` where the daemon makes it if it is not there.
+    /// In a file; the daemon makes the default one if it is not there.
     File {
         /// Which.
         path: PathBuf,
         /// Nothing named it: it is [`DEFAULT_FILE`].
         default: bool,
     },
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Value(_) => f.write_str("the environment"),
+            Source::File { path, .. } => path.display().fmt(f),
+        }
+    }
 }
 
 impl Source {
@@ -130,6 +141,8 @@ pub fn create_if_missing(path: &Path, random: &mut Random) -> Result<bool, Token
         .map_err(|_| io::Error::other("the system gives no random bytes"))
         .and_then(|()| {
             let token = Zeroizing::new(crate::kms::sign::hex(bytes.as_ref()));
+            // A umask would take the group's right away.
+            rustix::fs::fchmod(&file, Mode::from_raw_mode(FILE_MODE))?;
             let mut file = File::from(file);
             file.write_all(token.as_bytes())?;
             file.write_all(b"\n")?;

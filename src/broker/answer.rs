@@ -16,6 +16,8 @@ use std::rc::Rc;
 use std::time::Duration;
 use zeroize::Zeroizing;
 
+/// A client without a secret is told to come back after this at the latest: an operator may be at work.
+const NO_CREDENTIALS_RETRY_MAX: Duration = Duration::from_secs(60);
 const JSON: &str = "application/json";
 
 /// Where the value of a reply came from: the `X-Cache` header.
@@ -93,6 +95,7 @@ impl Failure {
     /// Nobody to be for KMS.
     #[must_use]
     pub fn no_credentials(why: &impl fmt::Display, retry_after: Duration) -> Failure {
+        let retry_after = retry_after.min(NO_CREDENTIALS_RETRY_MAX);
         let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() > 0);
         let failure = Failure::ours(503, "CredentialUnavailable", why.to_string());
         Failure { retry_after_s: Some(seconds.max(1)), ..failure }

@@ -260,10 +260,11 @@ impl Broker {
             Reply::ClockSkew { error, server_unix_s } => match server_unix_s {
                 Some(theirs) if !flight.clock_corrected => {
                     self.clock_offset_s = theirs.saturating_sub(now.unix_s);
-                    log::warn!(
-                        "this host's clock is {} s off KMS's; signing with KMS's time",
-                        -self.clock_offset_s
+                    let (off_s, way) = (
+                        self.clock_offset_s.unsigned_abs(),
+                        if self.clock_offset_s > 0 { "behind" } else { "ahead of" },
                     );
+                    log::warn!("this host's clock is {off_s} s {way} KMS's; signing with KMS's time");
                     flight.clock_corrected = true;
                     self.again(id, flight, now.mono);
                 }

@@ -544,7 +544,7 @@ fn vpc_endpoint(region: &str) -> String {
 
 fn no_reply() -> Failure {
     let seconds = retry::READER_BUDGET.as_secs();
-    Failure::ours(504, "UpstreamTimeout", format!("KMS gave no reply within {seconds} s"))
+    Failure::ours(504, "UpstreamTimeout", format!("KMS gave no reply within {seconds} s in all"))
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! `kms-agent run`: puts the agent together and serves.
 
 use crate::broker::Broker;
-use crate::config::{self, AuthType, Config};
+use crate::config::{self, AuthType, Config, LogPath};
 use crate::conn::tls;
-use crate::identity::Identity;
 use crate::identity::metadata::Wanted;
+use crate::identity::{Identity, IdentityError};
 use crate::log::{LogHandle, Reason};
 use crate::net::mio::{MioNet, listen};
 use crate::random::Random;
@@ -39,7 +39,8 @@ impl std::error::Error for StartError {}
 /// The command; the result is the exit code.
 #[must_use]
 pub fn main(file: Option<PathBuf>) -> u8 {
-    let config = match load(file) {
+    let file = file.or_else(default_file);
+    let config = match file.as_deref().map_or_else(|| Ok(Config::default()), config::load) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("kms-agent: {error}");
@@ -47,7 +48,18 @@ pub fn main(file: Option<PathBuf>) -> u8 {
         }
     };
     let env = |name: &str| std::env::var_os(name);
-    match Agent::prepare(&config, &env).and_then(Agent::serve) {
+    let serve = |agent: Agent| {
+        match &file {
+            Some(file) => log::info!("configuration: {}", file.display()),
+            None => log::info!("configuration: built-in defaults, no file was given or found"),
+        }
+        if let LogPath::Folder(folder) = &config.log.path {
+            // Whoever started it by hand should not have to guess.
+            eprintln!("kms-agent: serving on port {}, log in {}", agent.port(), folder.display());
+        }
+        agent.serve()
+    };
+    match Agent::prepare(&config, &env).and_then(serve) {
         Ok(()) => super::OK,
         Err(error) => {
             eprintln!("kms-agent: {error}");
@@ -56,13 +68,10 @@ pub fn main(file: Option<PathBuf>) -> u8 {
     }
 }
 
-fn load(file: Option<PathBuf>) -> Result<Config, config::LoadError> {
-    let default =
-        || std::env::current_exe().ok().and_then(|exe| config::default_path(&exe)).filter(|it| it.exists());
-    match file.or_else(default) {
-        Some(file) => config::load(&file),
-        None => Ok(Config::default()),
-    }
+/// `config.toml` beside the folder of the binary, if it is there.
+fn default_file() -> Option<PathBuf> {
+    let exe = std::env::current_exe().ok()?;
+    config::default_path(&exe).filter(|file| file.exists())
 }
 
 /// An agent that listens and is not serving yet.
@@ -88,18 +97,13 @@ impl Agent {
         let port = port_of(&listeners)?;
         raise_descriptor_limit(config.server.max_conn);
         log::info!("kms-agent {} listens on {}", env!("CARGO_PKG_VERSION"), addresses(&listeners));
-        say_what_is_not_there_yet(config);
+        log::info!("token: {source}");
         if token.is_empty() {
             log::warn!("the token is empty: every request that needs one will be refused");
         }
         let net = MioNet::new(listeners)
             .map_err(|error| StartError(format!("cannot start: {}", Reason(&error))))?;
-        let identity = Identity::new(Wanted {
-            role: config.kms.role_name.clone(),
-            region: config.kms.region.is_none() && config.kms.endpoint.is_none(),
-            hardened_only: env("ALIBABA_CLOUD_IMDSV1_DISABLED")
-                .is_some_and(|it| it.eq_ignore_ascii_case("true")),
-        });
+        let identity = identity(config, env);
         let broker = Broker::new(config, token.duplicate(), identity, random);
         let server = Server::new(Parts {
             net,
@@ -226,9 +230,23 @@ fn raise_descriptor_limit(connections_max: usize) {
     }
 }
 
-/// Keys that are understood and whose feature is still to come are never ignored silently.
-fn say_what_is_not_there_yet(config: &Config) {
-    if !matches!(config.kms.auth_type, AuthType::Auto | AuthType::RamRole) || config.kms.aap_arn.is_some() {
-        log::warn!("[KMS] AuthType, AapArn: this version authenticates with the instance's RAM role only");
-    }
+/// Who the agent is to KMS. A method that this version does not have is told at start and by every answer
+/// that would need it: being somebody else instead would be worse than being nobody.
+fn identity(config: &Config, env: &dyn Fn(&str) -> Option<OsString>) -> Identity {
+    let is_true = |name: &str| env(name).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let missing = match (config.kms.auth_type, &config.kms.aap_arn) {
+        (AuthType::Auto, None) | (AuthType::RamRole, _) => {
+            return Identity::new(Wanted {
+                role: config.kms.role_name.clone(),
+                region: config.kms.region.is_none() && config.kms.endpoint.is_none(),
+                hardened_only: is_true("ALIBABA_CLOUD_IMDSV1_DISABLED"),
+            });
+        }
+        (AuthType::Auto | AuthType::InstanceIdentity, _) => "instance_identity",
+        (AuthType::AccessKey, _) => "access_key",
+        (AuthType::Oidc, _) => "oidc",
+    };
+    let error = IdentityError::NotInThisVersion(missing);
+    log::warn!("{error}; no secret can be fetched");
+    Identity::unavailable(error)
 }

@@ -86,20 +86,26 @@ impl<'h, 'b> Request<'h, 'b> {
 }
 
 /// Reads one request head from the beginning of `bytes`.
+///
+/// Asked anew as more bytes come, it does not change its mind: after a request comes the same request, after a
+/// rejection a rejection (`fuzz/fuzz_targets/request_split.rs`).
 pub fn parse<'h, 'b>(bytes: &'b [u8], room: &'h mut HeaderRoom<'b>) -> Parsed<'h, 'b> {
+    // What lies past the limit must not count: it may not have come yet.
+    let bytes = bytes.get(..HEAD_BYTES_MAX).unwrap_or(bytes);
     let mut raw = httparse::Request::new(&mut []);
     match raw.parse_with_uninit_headers(bytes, room) {
-        Ok(httparse::Status::Complete(used)) => {
-            if used > HEAD_BYTES_MAX {
-                return Parsed::Reject(too_large(bytes));
-            }
-            match sound(raw) {
-                Ok(request) => Parsed::Request(request, used),
-                Err(reject) => Parsed::Reject(reject),
-            }
-        }
+        Ok(httparse::Status::Complete(used)) => match sound(raw) {
+            Ok(request) => Parsed::Request(request, used),
+            Err(reject) => Parsed::Reject(reject),
+        },
         Ok(httparse::Status::Partial) => unfinished(bytes),
-        Err(error) => Parsed::Reject(reject_for(error, bytes)),
+        // httparse knows no other version and does not wait for the end of this one.
+        Err(httparse::Error::Version) => match version(bytes) {
+            Version::WellFormed => Parsed::Reject(Reject::Version),
+            Version::Unfinished => unfinished(bytes),
+            Version::Malformed => Parsed::Reject(Reject::Malformed("malformed HTTP version")),
+        },
+        Err(error) => Parsed::Reject(reject_for(error)),
     }
 }
 
@@ -135,18 +141,9 @@ fn unfinished<'h, 'b>(bytes: &[u8]) -> Parsed<'h, 'b> {
     }
 }
 
-fn too_large(bytes: &[u8]) -> Reject {
-    let (line, _) = request_line(bytes);
-    match line.split(|b| *b == b' ').nth(1) {
-        Some(target) if target.len() > TARGET_BYTES_MAX => Reject::TargetTooLong,
-        _ => Reject::HeadTooLarge,
-    }
-}
-
-fn reject_for(error: httparse::Error, bytes: &[u8]) -> Reject {
+const fn reject_for(error: httparse::Error) -> Reject {
     match error {
         httparse::Error::TooManyHeaders => Reject::TooManyHeaders,
-        httparse::Error::Version if version_is_well_formed(bytes) => Reject::Version,
         httparse::Error::Version => Reject::Malformed("malformed HTTP version"),
         httparse::Error::HeaderName => Reject::Malformed("malformed header name"),
         httparse::Error::HeaderValue => Reject::Malformed("malformed header value"),
@@ -155,25 +152,37 @@ fn reject_for(error: httparse::Error, bytes: &[u8]) -> Reject {
     }
 }
 
-/// `HTTP-version = "HTTP/" DIGIT "." DIGIT` (RFC 9112 2.3) at the end of a complete request line.
-fn version_is_well_formed(bytes: &[u8]) -> bool {
+/// What stands at the end of a request line where httparse found no version that it knows.
+enum Version {
+    WellFormed,
+    /// What there is of it can still become well-formed.
+    Unfinished,
+    Malformed,
+}
+
+/// `HTTP-version = "HTTP/" DIGIT "." DIGIT` (RFC 9112 2.3), then the line's end.
+fn version(bytes: &[u8]) -> Version {
     let (line, complete) = request_line(bytes);
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
-    let mut words = line.split(|b| *b == b' ');
-    let (method, target, version) = (words.next(), words.next(), words.next());
-    complete
-        && method.is_some_and(|m| !m.is_empty())
-        && target.is_some_and(|t| !t.is_empty())
-        && words.next().is_none()
-        && matches!(version, Some([b'H', b'T', b'T', b'P', b'/', major, b'.', minor])
-            if major.is_ascii_digit() && minor.is_ascii_digit())
+    // httparse looks at a version only behind a method, a target, and a blank after each.
+    let version = line.splitn(3, |b| *b == b' ').nth(2).unwrap_or_default();
+    let fits = version.iter().zip(b"HTTP/0.0\r").all(|(byte, form)| match form {
+        b'0' => byte.is_ascii_digit(),
+        _ => byte == form,
+    });
+    match version.len() {
+        0..=7 if fits && !complete => Version::Unfinished,
+        8 | 9 if fits && complete => Version::WellFormed,
+        8 | 9 if fits => Version::Unfinished,
+        _ => Version::Malformed,
+    }
 }
 
 fn sound<'h, 'b>(raw: httparse::Request<'h, 'b>) -> Result<Request<'h, 'b>, Reject> {
     let (Some(method), Some(target), Some(minor)) = (raw.method, raw.path, raw.version) else {
         return Err(Reject::Malformed("malformed request line"));
     };
-    if target.len() > TARGET_BYTES_MAX {
+    // A method that long would have been taken for a target before its end had come.
+    if target.len() > TARGET_BYTES_MAX || method.len() > TARGET_BYTES_MAX + METHOD_BYTES_MAX {
         return Err(Reject::TargetTooLong);
     }
     let headers: &'h [httparse::Header<'b>] = raw.headers;
@@ -484,6 +493,29 @@ mod tests {
         for version in ["HTTP/0.9", "HTTP/1.2", "HTTP/2.0", "HTTP/3.0"] {
             let head = format!("GET /ping {version}\r\nHost: localhost\r\n\r\n");
             assert_eq!(verdict(head.as_bytes()), "Version", "{version}");
+        }
+    }
+
+    /// Found by fuzzing: the answer depended on how the bytes were cut.
+    #[test]
+    fn trickled_bytes_get_the_answer_that_whole_ones_get() {
+        let fields = |n: usize| "A: b\r\n".repeat(n);
+        for head in [
+            "GET /ping HTTP/2.0\r\nHost: localhost\r\n\r\n".to_owned(),
+            "GET /ping HTTP/0.9\nHost: localhost\n\n".to_owned(),
+            "GET /ping HTTP/2.00\r\n\r\n".to_owned(),
+            "GET /ping HTTP/2.0\rx\n".to_owned(),
+            "GET /ping HTTP/2\r\n\r\n".to_owned(),
+            "GET /ping HTTQ/1.1\r\n\r\n".to_owned(),
+            format!("{} / HTTP/1.1\r\nHost: localhost\r\n\r\n", "G".repeat(9000)),
+            format!("GET / HTTP/1.1\r\nHost: localhost\r\nA: {}\0", "x".repeat(HEAD_BYTES_MAX)),
+            format!("GET / HTTP/1.1\r\nA: {}\r\n{}\r\n", "x".repeat(HEAD_BYTES_MAX), fields(64)),
+            format!("GET / HTTP/1.1\r\nHost: localhost\r\n{}\r\n", fields(64)),
+        ] {
+            let bytes = head.as_bytes();
+            let grown = (0..=bytes.len()).map(|len| verdict(&bytes[..len])).find(|verdict| verdict != "more");
+            assert_eq!(grown, Some(verdict(bytes)), "{head:.40}");
+            assert!(!verdict(bytes).starts_with("GET"), "{head:.40}");
         }
     }
 

@@ -28,6 +28,8 @@ const RENEW_AT_PER_CENT: u32 = 80;
 /// Why there are no credentials. The text says what to do on the instance's side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IdentityError {
+    /// The configured method is understood and still to come.
+    NotInThisVersion(&'static str),
     /// No connection to the metadata service, or no reply in time.
     Unreachable(String),
     /// The instance has no RAM role, or not the one that is configured.
@@ -51,8 +53,15 @@ pub enum IdentityError {
 
 impl fmt::Display for IdentityError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let IdentityError::NotInThisVersion(method) = self {
+            return write!(
+                f,
+                "[KMS] AuthType: {method} is not in this version, which knows the RAM role alone"
+            );
+        }
         f.write_str("metadata service: ")?;
         match self {
+            IdentityError::NotInThisVersion(_) => Ok(()),
             IdentityError::Unreachable(what) => f.write_str(what),
             IdentityError::NoRole(None) => f.write_str(
                 "no RAM role is attached to this instance; attach one that may call kms:GetSecretValue",
@@ -133,6 +142,13 @@ impl Identity {
             state: State::Resting { at: Mono::default() },
             failures: 0,
         }
+    }
+
+    /// Never has credentials, for this reason.
+    #[must_use]
+    pub fn unavailable(error: IdentityError) -> Identity {
+        let state = State::Failed { error, failed: Mono::NEVER, at: Mono::NEVER };
+        Identity { state, ..Identity::new(Wanted::default()) }
     }
 
     /// The region that the metadata service named.
@@ -324,6 +340,14 @@ mod tests {
         ));
         fetch(&mut identity, at(1011), "1970-01-01T10:00:00Z");
         assert!(matches!(identity.standing(at(1011).mono), Standing::Ready(_)));
+    }
+
+    #[test]
+    fn a_method_that_is_not_there_is_nobody() {
+        let mut identity = Identity::unavailable(IdentityError::NotInThisVersion("oidc"));
+        assert!(!identity.poll(at(1_000_000).mono));
+        let Standing::Failed { error, .. } = identity.standing(at(1_000_000).mono) else { panic!() };
+        assert!(error.to_string().contains("oidc is not in this version"));
     }
 
     #[test]

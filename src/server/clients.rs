@@ -11,6 +11,7 @@ use crate::net::{Net, Readiness, Token};
 use crate::time::Mono;
 use std::fmt;
 use std::io;
+use zeroize::Zeroize as _;
 
 /// Unfinished heads together hold at most this much; past it the oldest go.
 const HELD_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -262,6 +263,7 @@ impl<N: Net> Server<N> {
             End::Last { linger } => State::Closing { linger },
         };
         let open = self.send(token, conn, &out);
+        out.as_mut_slice().zeroize();
         self.out = out;
         if matches!(conn.state, State::Head { .. }) {
             self.limit_held_bytes(conn);
@@ -349,6 +351,7 @@ impl<N: Net> Server<N> {
                     _ => State::Paused { rest },
                 };
                 open = self.send(token, &mut conn, &out);
+                out.as_mut_slice().zeroize();
                 self.out = out;
                 if open {
                     open = self.resume_paused(token, &mut conn);

@@ -30,8 +30,9 @@ const TOKEN_AGE_MAX: Duration = Duration::from_millis(500);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long requests in flight may take after SIGTERM.
 const DRAIN_LIFE: Duration = Duration::from_secs(5);
-/// The scratch for replies is given back when one burst made it larger than this.
-const OUT_BYTES_KEPT: usize = 256 * 1024;
+/// The scratch for replies: a batch and the largest reply fit, so that it never grows and leaves a copy
+/// behind that nobody wipes. Memory is only taken for what is used of it.
+const OUT_BYTES: usize = 256 * 1024;
 /// Refused requests logged a second, and at once.
 const REFUSALS_LOGGED: (u32, u32) = (5, 20);
 
@@ -92,7 +93,7 @@ pub struct Server<N> {
     deadline_floor: Mono,
     /// Bytes are read into this, whoever sends them.
     scratch: Box<[u8]>,
-    /// Replies are written into this before they go out.
+    /// Replies are written into this before they go out, and wiped from it after.
     out: Vec<u8>,
     refusals: RateLimit,
     accept_failures: RateLimit,
@@ -125,7 +126,7 @@ impl<N: Net> Server<N> {
             unfinished: Vec::new(),
             deadline_floor: Mono::NEVER,
             scratch: vec![0; READ_BYTES].into_boxed_slice(),
-            out: Vec::new(),
+            out: Vec::with_capacity(OUT_BYTES),
             refusals: RateLimit::new(REFUSALS_LOGGED.0, REFUSALS_LOGGED.1),
             accept_failures: RateLimit::new(1, 1),
             drain_until: None,
@@ -177,9 +178,6 @@ impl<N: Net> Server<N> {
         }
         #[cfg(debug_assertions)]
         self.broker.check_invariants();
-        if self.out.capacity() > OUT_BYTES_KEPT {
-            self.out = Vec::new();
-        }
         self.host.on_tick_end();
         Ok(!self.is_done())
     }
