@@ -3,7 +3,7 @@
 use crate::log::Reason;
 use crate::random::Random;
 use crate::secret::Secret;
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{Mode, OFlags};
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
@@ -120,8 +120,9 @@ pub fn parse(bytes: &[u8]) -> Result<Secret, &'static str> {
     }
 }
 
-/// Writes a fresh 256-bit token in hex, unless the file is there. At no instant can others read it, and
-/// nobody sees half of it: it is written under another name with its final mode, then renamed.
+/// Writes a fresh 256-bit token in hex, unless the file is there. No line end: clients that put the file's
+/// content into a header as it is are right, too. At no instant can others read it, and
+/// nobody sees half of it: it is written under another name with its final mode, then linked to its own.
 ///
 /// # Errors
 /// When the folder cannot be written to.
@@ -133,6 +134,7 @@ pub fn create_if_missing(path: &Path, random: &mut Random) -> Result<bool, Token
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{:016x}", random.next_u64()));
     let temporary = PathBuf::from(name);
+    // A link, unlike a rename, never replaces what somebody put there meanwhile.
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let file = rustix::fs::open(&temporary, flags, Mode::from_raw_mode(FILE_MODE))
         .map_err(|error| failed(error.into()))?;
@@ -145,23 +147,15 @@ pub fn create_if_missing(path: &Path, random: &mut Random) -> Result<bool, Token
             rustix::fs::fchmod(&file, Mode::from_raw_mode(FILE_MODE))?;
             let mut file = File::from(file);
             file.write_all(token.as_bytes())?;
-            file.write_all(b"\n")?;
             file.sync_all()
         })
-        .and_then(|()| {
-            match rustix::fs::renameat_with(CWD, &temporary, CWD, path, RenameFlags::NOREPLACE) {
-                Ok(()) => Ok(true),
-                // Somebody else was faster; theirs is as good.
-                Err(rustix::io::Errno::EXIST) => {
-                    std::fs::remove_file(&temporary)?;
-                    Ok(false)
-                }
-                Err(error) => Err(error.into()),
-            }
+        .and_then(|()| match std::fs::hard_link(&temporary, path) {
+            Ok(()) => Ok(true),
+            // Somebody else was faster; theirs is as good.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error),
         });
-    if written.is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
+    let _ = std::fs::remove_file(&temporary);
     written.map_err(failed)
 }
 
@@ -239,6 +233,7 @@ mod tests {
         assert!(create_if_missing(&path, &mut random).unwrap());
         let token = read(&path).unwrap();
         assert_eq!(token.expose().len(), 64);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 64, "nothing to be trimmed");
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o137, 0);
         assert!(!create_if_missing(&path, &mut random).unwrap());
         assert!(read(&path).unwrap().ct_eq(token.expose()));

@@ -162,14 +162,12 @@ impl Inbound {
         }
     }
 
-    /// Bytes of memory it holds for the client's input.
+    /// Bytes of memory that its unfinished head takes.
     #[must_use]
-    pub fn held_bytes(&self) -> usize {
+    pub fn head_bytes(&self) -> usize {
         match &self.state {
-            State::Head { bytes: held, .. }
-            | State::Waiting { rest: held, .. }
-            | State::Paused { rest: held } => held.allocated(),
-            State::Idle | State::Closing { .. } | State::Lingering { .. } => 0,
+            State::Head { bytes, .. } => bytes.allocated(),
+            _ => 0,
         }
     }
 }

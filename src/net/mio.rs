@@ -15,6 +15,9 @@ use std::time::Duration;
 
 /// Connections that may wait to be accepted. The kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 1024;
+/// A client's socket buffers: some heads, and the largest reply. The kernel doubles them for its own needs.
+const RECEIVE_BUFFER_BYTES: usize = 32 * 1024;
+const SEND_BUFFER_BYTES: usize = 128 * 1024;
 /// Packets to clients live for one hop: a reply never leaves the host.
 const TTL: u32 = 1;
 /// With `HttpPort` 0: draws until a port is free on both addresses.
@@ -153,6 +156,9 @@ fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     sockopt::set_socket_reuseaddr(&socket, true)?;
     // Set here, inherited by every accepted socket: two system calls less for each.
     sockopt::set_tcp_nodelay(&socket, true)?;
+    // Kernel memory is the host's too: what a client sends ahead or leaves unread is bounded by these.
+    sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER_BYTES)?;
+    sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER_BYTES)?;
     if address.is_ipv4() {
         sockopt::set_ip_ttl(&socket, TTL)?;
     } else {

@@ -14,7 +14,7 @@ use std::io;
 use zeroize::Zeroize as _;
 
 /// Unfinished heads together hold at most this much; past it the oldest go.
-const HELD_BYTES_MAX: usize = 4 * 1024 * 1024;
+const HEAD_BYTES_IN_ALL_MAX: usize = 4 * 1024 * 1024;
 /// Reads from one client, and connections accepted, in one tick: nobody keeps the others waiting.
 const READS_MAX: usize = 16;
 const ACCEPTS_MAX: usize = 256;
@@ -131,7 +131,7 @@ impl<N: Net> Server<N> {
 
     /// A client's socket is ready.
     pub(super) fn on_inbound(&mut self, token: Token, ready: Readiness) {
-        let Some(mut conn) = self.inbound.take(token) else { return };
+        let Some(mut conn) = self.take_inbound(token) else { return };
         let mut open = !ready.gone;
         conn.end_ahead |= ready.read_closed;
         if open && ready.writable && conn.unsent.is_some() {
@@ -145,6 +145,13 @@ impl<N: Net> Server<N> {
         self.settle(token, conn, open);
     }
 
+    /// Takes a connection out of its slot for a moment; [`Server::settle`] brings it back.
+    fn take_inbound(&mut self, token: Token) -> Option<Inbound> {
+        let conn = self.inbound.take(token)?;
+        self.head_bytes -= conn.head_bytes();
+        Some(conn)
+    }
+
     /// The connection goes back to its slot, or ends.
     fn settle(&mut self, token: Token, conn: Inbound, open: bool) {
         if open {
@@ -156,6 +163,7 @@ impl<N: Net> Server<N> {
                 // Its replies went out whole, so no event will come for the rest of its requests.
                 self.unfinished.push((token, Readiness { readable: true, ..Readiness::default() }));
             }
+            self.head_bytes += conn.head_bytes();
             self.inbound.put(token, conn);
         } else {
             self.forget(token, &conn);
@@ -163,7 +171,7 @@ impl<N: Net> Server<N> {
     }
 
     pub(super) fn close_inbound(&mut self, token: Token) {
-        if let Some(conn) = self.inbound.take(token) {
+        if let Some(conn) = self.take_inbound(token) {
             self.forget(token, &conn);
         }
     }
@@ -266,7 +274,7 @@ impl<N: Net> Server<N> {
         out.as_mut_slice().zeroize();
         self.out = out;
         if matches!(conn.state, State::Head { .. }) {
-            self.limit_held_bytes(conn);
+            self.limit_head_bytes(conn);
         }
         open
     }
@@ -336,7 +344,7 @@ impl<N: Net> Server<N> {
     /// An answer for a client that waited.
     pub(super) fn deliver(&mut self, answer: &Answer) {
         let token = Token::from_bits(answer.client.0);
-        let Some(mut conn) = self.inbound.take(token) else { return };
+        let Some(mut conn) = self.take_inbound(token) else { return };
         let mut open = true;
         match std::mem::replace(&mut conn.state, State::Idle) {
             State::Waiting { mut rest, pending } => {
@@ -438,12 +446,8 @@ impl<N: Net> Server<N> {
     }
 
     /// `newest` has an unfinished head; where all heads together hold too much, the oldest go.
-    fn limit_held_bytes(&mut self, newest: &Inbound) {
-        loop {
-            let held: usize = self.inbound.iter().map(|(_, conn)| conn.held_bytes()).sum();
-            if held + newest.held_bytes() <= HELD_BYTES_MAX {
-                return;
-            }
+    fn limit_head_bytes(&mut self, newest: &Inbound) {
+        while self.head_bytes + newest.head_bytes() > HEAD_BYTES_IN_ALL_MAX {
             let heads = self.inbound.iter().filter(|(_, conn)| matches!(conn.state, State::Head { .. }));
             match heads.min_by_key(|(_, conn)| conn.accepted) {
                 Some((token, _)) => self.close_inbound(token),

@@ -77,6 +77,8 @@ pub struct Server<N> {
     now: Now,
     token_seen: Mono,
     inbound: Slab<Inbound>,
+    /// What unfinished heads hold together; those taken out of their slots are not counted.
+    head_bytes: usize,
     /// How many of the inbound connections are past `MaxConn`.
     reserve_used: usize,
     outbound: Slab<Outbound>,
@@ -118,6 +120,7 @@ impl<N: Net> Server<N> {
             now,
             token_seen: now.mono,
             inbound: Slab::new(OUTBOUND_SLOTS),
+            head_bytes: 0,
             reserve_used: 0,
             outbound: Slab::new(0),
             addresses: upstream::Addresses::default(),
