@@ -314,7 +314,8 @@ impl Broker {
         flight.readers.append(&mut flight.next_round);
         let pause = retry::backoff(flight.failures, retry::BACKOFF_CAP, &mut self.random);
         if !flight.readers.is_empty() {
-            let budget = flight.budget.get_or_insert_with(|| Budget::from(now));
+            let began = flight.began().unwrap_or(now);
+            let budget = flight.budget.get_or_insert_with(|| Budget::from(began));
             budget.tries_left = budget.tries_left.saturating_sub(1);
             let until = now.after(pause.min(retry::BACKOFF_BASE * 2)).max(flight.not_before);
             if retryable && budget.tries_left > 0 && until < budget.until {
@@ -334,9 +335,15 @@ impl Broker {
     }
 
     fn remember_refresh(&mut self, flight: &Flight, failure: Option<&Rc<Failure>>) {
-        if let Phase::Calling { began, for_refresh: true, .. } = flight.phase {
+        let Phase::Calling { began, for_refresh, .. } = flight.phase else { return };
+        if for_refresh {
             let refreshed = Refreshed { began, failure: failure.cloned() };
             self.refreshed.insert(flight.key.clone(), refreshed, flight.key.text_bytes());
+        } else if let Some(last) = self.refreshed.peek_mut(flight.key.as_ref())
+            && last.failure.is_some()
+        {
+            // An ordinary fetch has brought a newer word than that failure.
+            last.failure = failure.cloned();
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::kms::retry;
 use crate::kms::sign::Credentials;
 use crate::time::Mono;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Names a client's connection to the server; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,10 +111,15 @@ impl Flight {
         }
     }
 
-    /// Whether the call that is out must not answer this reader: it was begun before the reader's wish.
+    /// Whether the call that is out must not answer this reader: it was begun before the reader's wish, and
+    /// is not a refresh of the same `pause`.
     #[must_use]
-    pub(super) fn is_too_early_for(&self, reader: &Reader) -> bool {
-        reader.refresh_now && matches!(self.phase, Phase::Calling { for_refresh: false, .. })
+    pub(super) fn is_too_early_for(&self, reader: &Reader, pause: Duration, now: Mono) -> bool {
+        let early = match self.phase {
+            Phase::Calling { began, for_refresh, .. } => !for_refresh || now.since(began) >= pause,
+            Phase::Queued { .. } | Phase::Pausing { .. } => false,
+        };
+        reader.refresh_now && early
     }
 
     /// When something is due that no event brings.

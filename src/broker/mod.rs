@@ -329,7 +329,7 @@ impl Broker {
                 *until = (*until).min(now.max(flight.not_before));
             }
         }
-        if flight.is_too_early_for(&reader) {
+        if flight.is_too_early_for(&reader, REFRESH_NOW_PAUSE, now) {
             flight.next_round.push(reader);
         } else {
             flight.readers.push(reader);
@@ -456,8 +456,13 @@ impl Broker {
         self.flights.remove(&id).map(|flight| (id, flight))
     }
 
-    fn put_back(&mut self, id: FlightId, flight: Flight, now: Mono) {
+    fn put_back(&mut self, id: FlightId, mut flight: Flight, now: Mono) {
         let has_stale = self.cache.servable(flight.key.as_ref(), now).is_some();
+        if !has_stale && !flight.readers.is_empty() {
+            // Whoever came while there was a stale value has nothing to fall back on once that is dead.
+            let began = flight.began().unwrap_or(now);
+            flight.budget.get_or_insert_with(|| Budget::from(began));
+        }
         self.flight_floor = self.flight_floor.min(flight.next_deadline(has_stale));
         self.flights.insert(id, flight);
     }

@@ -122,7 +122,8 @@ impl Inbound {
             State::Waiting { .. } | State::Paused { .. } | State::Closing { .. } => Mono::NEVER,
         };
         match &self.unsent {
-            Some((_, until)) => state.min(*until),
+            // A client whose replies are unsent is not read either: its head's time does not run.
+            Some((_, until)) => *until,
             None => state,
         }
     }

@@ -439,6 +439,10 @@ impl<N: Net> Server<N> {
             _ => {
                 if sends {
                     conn.idle_since = Some(self.now.mono);
+                    if let State::Head { until, .. } = &mut conn.state {
+                        // The rest of it could not be read before.
+                        *until = (*until).max(self.now.mono.after(HEAD_LIFE));
+                    }
                 }
                 true
             }

@@ -24,7 +24,7 @@ use std::time::Duration;
 const RESERVE_CONNECTIONS: usize = 16;
 /// Outbound slots come first: KMS's connections, and the metadata service's.
 const OUTBOUND_SLOTS: u32 = 16;
-/// The token is looked at again after this, when somebody asks.
+/// The token is looked at again after this, when the loop wakes.
 const TOKEN_AGE_MAX: Duration = Duration::from_millis(500);
 /// With no descriptor left, accepting pauses for this long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -155,7 +155,8 @@ impl<N: Net> Server<N> {
         let timeout = (deadline != Mono::NEVER).then(|| deadline.since(self.net.now().mono));
         self.net.wait(timeout, events)?;
         self.now = self.net.now();
-        if !events.is_empty() && self.now.mono.since(self.token_seen) >= TOKEN_AGE_MAX {
+        // Without an event too: a deadline's answer may free a client to ask on.
+        if self.now.mono.since(self.token_seen) >= TOKEN_AGE_MAX {
             self.see_token();
         }
         for (token, ready) in std::mem::take(&mut self.unfinished) {

@@ -83,7 +83,8 @@ impl<N: Net> Server<N> {
     pub(super) fn on_outbound(&mut self, token: Token, ready: Readiness) {
         let Some(mut conn) = self.outbound.take(token) else { return };
         let mut step = Step::Wait;
-        if conn.is_connecting() {
+        let was_connecting = conn.is_connecting();
+        if was_connecting {
             step = match self.net.connected(token) {
                 Ok(()) => {
                     let tls = match conn.service() {
@@ -98,14 +99,20 @@ impl<N: Net> Server<N> {
                     conn.on_connect_failed(&error, self.now.mono)
                 }
             };
-        } else if ready.readable {
+        }
+        if was_connecting && matches!(step, Step::SendRequest) {
+            step = self.write_request(&mut conn);
+        }
+        // A peer may talk or leave as soon as it is connected: the edge for that may be this very event.
+        if ready.readable && !conn.is_connecting() && matches!(step, Step::Wait) {
             // Replies before writes: what the peer said last explains why it takes no more.
-            step = self.read_outbound(token, &mut conn);
+            step = self.read_outbound(token, &mut conn, ready.read_closed);
         }
         self.carry(token, conn, step);
     }
 
-    fn read_outbound(&mut self, token: Token, conn: &mut Outbound) -> Step {
+    /// `read_closed`: an event has told of the peer's end, so no other will.
+    fn read_outbound(&mut self, token: Token, conn: &mut Outbound, read_closed: bool) -> Step {
         loop {
             match self.net.read(token, &mut self.scratch) {
                 Ok(0) => return conn.on_end(None, self.now.mono),
@@ -118,6 +125,11 @@ impl<N: Net> Server<N> {
                             Step::Wait => {}
                             step => return step,
                         },
+                        Step::Replied { call, response, close } => {
+                            // An end that was told of, or bytes that were not read, would never show again.
+                            let unread = read_closed || count == self.scratch.len();
+                            return Step::Replied { call, response, close: close || unread };
+                        }
                         step => return step,
                     }
                 }

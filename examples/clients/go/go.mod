@@ -1,0 +1,3 @@
+module get-secret
+
+go 1.19

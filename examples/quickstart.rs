@@ -1,0 +1,242 @@
+//! From nothing to a secret: an emulated KMS and the agent in one process, on loopback, without an account.
+//!
+//! ```text
+//! cargo run --release --example quickstart              # stays; paste the curl line it prints
+//! cargo run --release --example quickstart -- --once    # asks twice itself, and ends
+//! ```
+//!
+//! Everything it writes is in one temporary folder, which is removed at the end.
+
+use kms_agent::cli::run::Agent;
+use kms_agent::log::Reason;
+use kms_agent::random::Random;
+use kms_agent::{config, net, token};
+use kms_emulator::{Emulator, KmsMode, NewSecret, Options};
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, BufRead as _, Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+const SECRET: &str = "agent-test";
+/// Short, so that a value gets old while somebody watches. The agent's own default is 300 s.
+const TTL_S: u64 = 20;
+/// More than the agent takes for any reply.
+const PATIENCE: Duration = Duration::from_secs(15);
+const USAGE: &str = "usage: cargo run --release --example quickstart [-- --once]";
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Error>;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("quickstart: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let once = match arguments.as_slice() {
+        [] => false,
+        [only] if only == "--once" => true,
+        _ => return Err(USAGE.into()),
+    };
+    let folder = Folder::create()?;
+    let secrets = vec![NewSecret::generic(SECRET, r#"{"user":"app","password":"correct horse"}"#)];
+    let kms = Emulator::start(Options { secrets, ..Options::default() })?;
+    let (port, agent) = start_agent(&folder, &kms)?;
+    let outcome = if once {
+        let outcome = ask_twice(&folder, port);
+        // The agent catches it and ends, as it does when systemd stops it.
+        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM)?;
+        outcome
+    } else {
+        introduce(&folder, &kms, port)?;
+        // Not waited for: it sits in a read of standard input when Ctrl-C comes, which the agent catches.
+        thread::spawn(move || obey(&kms));
+        Ok(())
+    };
+    agent.join().map_err(|_| "the agent's thread panicked")??;
+    outcome
+}
+
+/// The folder of this run: token, CA, configuration and log.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn create() -> Result<Folder> {
+        let path = std::env::temp_dir().join(format!("kms-agent-quickstart-{}", std::process::id()));
+        // Fails where the folder is there already: it would be somebody else's. The token is ours alone.
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Folder(path))
+    }
+
+    fn token(&self) -> PathBuf {
+        self.0.join("kmstoken")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.0.join("config.toml")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("{} stays behind: {error}", self.0.display());
+        }
+    }
+}
+
+/// Starts the agent as `kms-agent run` would, on a thread of this process. Gives its port.
+fn start_agent(folder: &Folder, kms: &Emulator) -> Result<(u16, JoinHandle<Result<()>>)> {
+    let mut random = Random::from_system().map_err(|error| error.to_string())?;
+    token::create_if_missing(&folder.token(), &mut random).map_err(|error| error.to_string())?;
+    fs::write(folder.0.join("ca.pem"), kms.ca_pem())?;
+    fs::write(folder.config(), configuration(&folder.0, kms, free_port()))?;
+    let config = config::load(&folder.config()).map_err(|error| error.to_string())?;
+    let mut token = OsString::from("file://");
+    token.push(folder.token());
+
+    let (ready, port) = mpsc::channel();
+    // An agent is not `Send`: made where it runs, it only hands its port back.
+    let thread = thread::spawn(move || -> Result<()> {
+        let env = |name: &str| (name == "KMS_TOKEN").then(|| token.clone());
+        let agent = Agent::prepare(&config, &env).map_err(|error| error.to_string());
+        ready.send(agent.as_ref().map(Agent::port).map_err(String::clone))?;
+        agent?.serve().map_err(|error| error.to_string().into())
+    });
+    Ok((port.recv()??, thread))
+}
+
+fn configuration(folder: &Path, kms: &Emulator, port: u16) -> String {
+    let (folder, kms, metadata) = (folder.display(), kms.kms_addr(), kms.metadata_url());
+    format!(
+        "[Server]\n\
+         HttpPort = {port}\n\
+         \n\
+         [Cache]\n\
+         TTLSeconds = {TTL_S}\n\
+         \n\
+         [KMS]\n\
+         Endpoint = \"{kms}\"\n\
+         CaFile = '{folder}/ca.pem'\n\
+         MetadataEndpoint = \"{metadata}\"\n\
+         \n\
+         [Log]\n\
+         LogPath = '{folder}'\n"
+    )
+}
+
+/// The agent's default port; 0, so any free one, where somebody has it.
+fn free_port() -> u16 {
+    let default = config::Server::default().http_port;
+    match net::mio::listen(default) {
+        Ok(_) => default,
+        Err(error) => {
+            println!("Port {default}: {}. Taking a free one.", Reason(&error));
+            0
+        }
+    }
+}
+
+fn introduce(folder: &Folder, kms: &Emulator, port: u16) -> io::Result<()> {
+    let (kms, token, config) = (kms.kms_addr(), folder.token(), folder.config());
+    let (token, config, folder) = (token.display(), config.display(), folder.0.display());
+    let mut out = io::stdout().lock();
+    writeln!(
+        out,
+        "
+  kms-agent      http://localhost:{port}
+  emulated KMS   https://{kms}, with the secret \"{SECRET}\"
+  token file     {token}
+  configuration  {config}
+  log            {folder}/kms-agent.log
+
+Paste this into another terminal:
+
+  curl -i -H \"X-KMS-Token: $(cat {token})\" \\
+    'http://localhost:{port}/secretsmanager/get?secretId={SECRET}'; echo
+
+Twice: X-Cache says MISS (KMS was asked), then HIT (from memory, for {TTL_S} s here).
+
+Then type here:
+  set VALUE   a new value. Readers get it within {TTL_S} s, or at once with &refreshNow=true
+  stop        KMS goes down. After {TTL_S} s X-Cache says STALE, and the secret is still there
+  start       KMS comes back
+Ctrl-C ends it and cleans up.
+"
+    )?;
+    out.flush()
+}
+
+/// Does what is typed. At the end of input (or without any) the rest goes on.
+fn obey(kms: &Emulator) {
+    for line in io::stdin().lock().lines().map_while(io::Result::ok) {
+        let (word, rest) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
+        let done = match (word, rest.trim()) {
+            ("set", value) if !value.is_empty() => {
+                format!("the value is new: version {}", kms.put_secret(SECRET, value))
+            }
+            ("stop", "") => tell(kms.set_kms_mode(KmsMode::Refuse), "KMS is down"),
+            ("start", "") => tell(kms.set_kms_mode(KmsMode::Normal), "KMS is back"),
+            ("", _) => continue,
+            _ => "set VALUE, stop or start; Ctrl-C ends it".to_owned(),
+        };
+        println!("  {done}");
+    }
+    // The emulator goes with this function's caller: it must outlive the input.
+    loop {
+        thread::park();
+    }
+}
+
+fn tell(outcome: io::Result<()>, done: &str) -> String {
+    match outcome {
+        Ok(()) => done.to_owned(),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// The round trip of `--once`: a miss, then a hit.
+fn ask_twice(folder: &Folder, port: u16) -> Result<()> {
+    let token = fs::read_to_string(folder.token())?;
+    let (_, miss) = ask(port, token.trim(), "MISS")?;
+    let (body, hit) = ask(port, token.trim(), "HIT")?;
+    println!("GET /secretsmanager/get?secretId={SECRET}\n{miss}\n{hit}\n\n{body}");
+    Ok(())
+}
+
+/// Asks for the secret; gives the reply's body and a line about it.
+fn ask(port: u16, token: &str, x_cache: &str) -> Result<(String, String)> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let begun = Instant::now();
+    write!(
+        stream,
+        "GET /secretsmanager/get?secretId={SECRET} HTTP/1.1\r\n\
+         Host: localhost\r\nX-KMS-Token: {token}\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply)?;
+    let took_us = begun.elapsed().as_micros();
+    let (head, body) = reply.split_once("\r\n\r\n").ok_or("the reply was cut off")?;
+    let status = head.lines().next().and_then(|line| line.strip_prefix("HTTP/1.1 ")).unwrap_or(head);
+    let told = head.lines().find_map(|line| line.strip_prefix("X-Cache: ")).unwrap_or("none");
+    if status != "200 OK" || told != x_cache {
+        return Err(format!("expected 200 OK and X-Cache {x_cache}, got:\n{reply}").into());
+    }
+    Ok((body.to_owned(), format!("  {status}   X-Cache: {told:4}   {took_us:>6} µs")))
+}
