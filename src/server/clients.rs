@@ -11,6 +11,7 @@ use crate::net::{Net, Readiness, Token};
 use crate::time::Mono;
 use std::fmt;
 use std::io;
+use std::time::Duration;
 use zeroize::Zeroize as _;
 
 /// Unfinished heads together hold at most this much; past it the oldest go.
@@ -89,7 +90,10 @@ impl<N: Net> Server<N> {
         if self.inbound.len() > self.connections_max + RESERVE_CONNECTIONS {
             self.make_room(Room::Any);
         }
-        let conn = Inbound::new(reserve, self.now.mono);
+        // Many are accepted in one tick: each a little later than the one before, so that "oldest" is an order.
+        let accepted = self.now.mono.max(self.last_accepted.after(Duration::from_micros(1)));
+        self.last_accepted = accepted;
+        let conn = Inbound::new(reserve, accepted);
         self.deadline_floor = self.deadline_floor.min(conn.deadline());
         self.inbound.put(token, conn);
     }

@@ -85,6 +85,8 @@ pub struct Server<N> {
     addresses: upstream::Addresses,
     /// Listeners that may have a connection to accept.
     acceptable: Vec<bool>,
+    /// When the newest connection was accepted.
+    last_accepted: Mono,
     /// With no descriptor left: when to accept again.
     accept_at: Mono,
     /// With no slot left: when to accept again, unless one is free before.
@@ -124,6 +126,7 @@ impl<N: Net> Server<N> {
             reserve_used: 0,
             outbound: Slab::new(0),
             addresses: upstream::Addresses::default(),
+            last_accepted: now.mono,
             accept_at: now.mono,
             room_at: now.mono,
             unfinished: Vec::new(),

@@ -732,9 +732,8 @@ impl World {
                 ServeKind::Refusal => self.set.roomy && age_us < REFUSAL_US,
                 ServeKind::Failure | ServeKind::Lie => false,
             };
-            if needless
-                && !self.refresh_is_owed(key)
-                && self.model.trouble_us.is_none_or(|at| at < stamp.us) {
+            if needless && !self.refresh_is_owed(key) && self.model.trouble_us.is_none_or(|at| at < stamp.us)
+            {
                 self.fail(format!("{} is fetched {age_us} us after {:?}", held.name, serve.kind));
             }
         }
