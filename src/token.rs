@@ -103,7 +103,8 @@ impl Source {
 }
 
 fn read(path: &Path) -> io::Result<Secret> {
-    let mut bytes = Zeroizing::new(Vec::with_capacity(256));
+    // Never grows: a vector that moves leaves its old bytes behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(2 * 4096));
     File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
     parse(&bytes).map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))
 }

@@ -79,9 +79,11 @@ impl Broker {
                 }
                 position
             }
-            None if self.queue.is_empty() || self.background_calls() >= BACKGROUND_CALLS_MAX => return None,
+            None if self.queue.is_empty() || self.background_calls() >= self.background_calls_max() => {
+                return None;
+            }
             None => {
-                let at = self.circuit.open_until(false);
+                let at = self.circuit.open_until(false).max(self.throttled_until);
                 if now < at {
                     self.queue_due = at;
                     return None;
@@ -91,6 +93,10 @@ impl Broker {
         };
         let id = self.queue.remove(position)?;
         self.flights.remove(&id).map(|flight| (id, flight))
+    }
+
+    fn background_calls_max(&self) -> usize {
+        if self.throttled > 0 { 1 } else { BACKGROUND_CALLS_MAX }
     }
 
     fn background_calls(&self) -> usize {
@@ -213,6 +219,13 @@ impl Broker {
         }
         match reply {
             Reply::Value(value) => {
+                self.throttled = self.throttled.saturating_sub(1);
+                self.throttled_until = match self.throttled {
+                    0 => Mono::default(),
+                    throttled => {
+                        now.mono.after(retry::backoff(throttled, retry::BACKOFF_CAP, &mut self.random))
+                    }
+                };
                 let asked_id = flight.key.as_ref().id;
                 let body = Rc::new(answer::to_be_kept(self.server.response_type, asked_id, value.body));
                 let jitter = self.random.up_to(u64::from(self.refresh_jitter_per_mille));
@@ -242,6 +255,9 @@ impl Broker {
             }
             Reply::Throttled { error, retry_after_s } => {
                 let until = now.mono.after(retry::retry_after(retry_after_s));
+                self.throttled = (self.throttled + 1).min(super::THROTTLED_MAX);
+                let pause = retry::backoff(self.throttled, retry::BACKOFF_CAP, &mut self.random);
+                self.throttled_until = now.mono.after(pause).max(until);
                 self.on_setback(id, flight, Setback::passing(Failure::from_kms(&error), until), now.mono);
             }
             Reply::CredentialsRefused(error) => {

@@ -36,6 +36,8 @@ use std::time::Duration;
 pub const UPSTREAM_CALLS_MAX: usize = 8;
 /// Fetches under way, queued and pausing ones included. Clients that ask and leave cannot pile up more.
 const FLIGHTS_MAX: usize = 2048;
+/// Throttled calls counted; the pause between refreshes has reached its cap by then.
+const THROTTLED_MAX: u32 = 7;
 /// `refreshNow` fetches a key at most once in this time.
 const REFRESH_NOW_PAUSE: Duration = Duration::from_secs(1);
 
@@ -102,6 +104,11 @@ pub struct Broker {
     /// Calls that are out to KMS; at most [`UPSTREAM_CALLS_MAX`].
     calls: Vec<(CallId, FlightId)>,
     circuit: Circuit,
+    /// Throttled calls, less those that succeeded since: how far refreshes behind the scenes hold back. The
+    /// limit is the whole account's, so what one secret meets the others would meet too.
+    throttled: u32,
+    /// None of them goes out before this.
+    throttled_until: Mono,
     refreshed: crate::cache::lru::Lru<Refreshed>,
     outputs: VecDeque<Output>,
     writer: Writer,
@@ -144,6 +151,8 @@ impl Broker {
             queue: VecDeque::new(),
             calls: Vec::new(),
             circuit: Circuit::default(),
+            throttled: 0,
+            throttled_until: Mono::default(),
             refreshed: crate::cache::lru::Lru::new(config.cache.size, usize::MAX),
             outputs: VecDeque::new(),
             writer: Writer::new(config.server.response_type, Random::from_seed(random.next_u64())),

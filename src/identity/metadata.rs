@@ -224,7 +224,9 @@ fn is_region(text: &str) -> bool {
 }
 
 fn is_role_name(text: &str) -> bool {
-    text.len() <= 64 && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+    // It goes into a path: a dot segment would be another question.
+    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+    plain && text.len() <= 64 && !matches!(text, "." | "..")
 }
 
 /// The JSON of `/ram/security-credentials/<role>`; anything but `"Code":"Success"` is a failure.
