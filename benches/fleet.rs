@@ -10,9 +10,9 @@
 //!
 //! - **The TTL is what counts.** Hot secrets are refreshed at 70 to 80 % of it, so a fleet needs
 //!   `hosts x secrets / (0.75 x TTLSeconds)` calls a second. At the default of 300 s that is 888 for this fleet,
-//!   twice the limit: readers do not fail, but more than a third of the reads are stale for good, and ten to
-//!   twenty calls are refused for each that is served. At 900 s it is 296, and no read of the steady state is
-//!   stale or waits. Choose `TTLSeconds` so that the result is at most two thirds of the account's limit,
+//!   twice the limit: no reader fails, but more than a third of the reads are stale for good, and three of
+//!   five calls are refused (19 of 20 without the broker's holding back after a throttled call). At 900 s it is
+//!   296, and no read of the steady state is stale or waits. Choose `TTLSeconds` so that the result is at most two thirds of the account's limit,
 //!   whatever else uses the account included: here 200,000 / (0.75 x 300) = 889 s or more, so 900.
 //! - **Start-up is the limit's business.** 200,000 first reads take 200,000 / 450 = 444 s at the very least,
 //!   whatever an agent does: until then readers get KMS's 429 after three tries. Start fleets in batches.
@@ -26,7 +26,7 @@
 //!
 //! `cargo bench --bench fleet`. Hosts meet only at KMS's limit, so by default every tenth of them is simulated,
 //! under a tenth of the limit, and all counts are given times ten; `KMS_FLEET_SCALE=1` simulates all 10,000
-//! (some ten minutes). The smaller fleet's figures fluctuate more: 10 % around a wave's mean instead of 5 %.
+//! (some ten minutes). The smaller fleet's figures fluctuate more: 15 % around a wave's mean instead of 5 %.
 
 use kms_agent::broker::answer::XCache;
 use kms_agent::broker::{Asked, Broker, ClientId, Output};

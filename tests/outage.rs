@@ -800,7 +800,6 @@ fn a_pooled_connection_that_the_peer_closed_is_no_failure() {
     emulator.close_kms_connections();
     wait_until("no connection is open", || emulator.counters().kms_open == 0);
     emulator.put_secret("d", "v");
-    thread::sleep(ms(50));
     emulator.inject(Fault::new(FaultKind::DropBefore).times(1));
     assert_eq!(agent.secret("d").verdict(), "200 MISS");
     assert_eq!(failed_tries(&agent, "d"), 1, "{}", agent.log());
