@@ -84,9 +84,21 @@ pub struct CallError {
     pub kind: CallErrorKind,
     /// What was tried, where, and what came of it: `connect host:443: timed out after 2 s`.
     pub message: String,
+    /// The service had been reached: the failure may be this one request's own.
+    pub reached: bool,
 }
 
 impl CallError {
+    const fn new(kind: CallErrorKind, message: String) -> CallError {
+        CallError { kind, message, reached: false }
+    }
+
+    /// The same, after the request was on its way.
+    #[must_use]
+    pub fn reached(self) -> CallError {
+        CallError { reached: true, ..self }
+    }
+
     /// A stage that ran out of time.
     #[must_use]
     pub fn timeout(stage: &str, origin: &HostPort, after: Duration) -> CallError {
@@ -95,22 +107,19 @@ impl CallError {
         } else {
             format!("{:.1} s", after.as_secs_f64())
         };
-        CallError {
-            kind: CallErrorKind::Timeout,
-            message: format!("{stage} {origin}: timed out after {after}"),
-        }
+        CallError::new(CallErrorKind::Timeout, format!("{stage} {origin}: timed out after {after}"))
     }
 
     /// A stage that failed for a reason.
     #[must_use]
     pub fn unreachable(stage: &str, origin: &HostPort, why: impl fmt::Display) -> CallError {
-        CallError { kind: CallErrorKind::Unreachable, message: format!("{stage} {origin}: {why}") }
+        CallError::new(CallErrorKind::Unreachable, format!("{stage} {origin}: {why}"))
     }
 
     /// A reply that cannot be used.
     #[must_use]
     pub fn invalid(origin: &HostPort, why: impl fmt::Display) -> CallError {
-        CallError { kind: CallErrorKind::InvalidResponse, message: format!("reply of {origin}: {why}") }
+        CallError::new(CallErrorKind::InvalidResponse, format!("reply of {origin}: {why}")).reached()
     }
 }
 

@@ -49,7 +49,12 @@ impl std::error::Error for TokenError {}
 #[derive(Debug)]
 pub enum Source {
     /// In a variable.
-    Value(Secret),
+    Value {
+        /// Its name.
+        variable: String,
+        /// The token.
+        token: Secret,
+    },
     /// In a file; the daemon makes the default one if it is not there.
     File {
         /// Which.
@@ -62,7 +67,7 @@ pub enum Source {
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Source::Value(_) => f.write_str("the environment"),
+            Source::Value { variable, .. } => write!(f, "environment variable {variable}"),
             Source::File { path, .. } => path.display().fmt(f),
         }
     }
@@ -86,7 +91,13 @@ impl Source {
             Some(_) => {
                 Err(TokenError::Variable(name.clone(), "file:// must be followed by an absolute path"))
             }
-            None => Ok(Source::Value(Secret::from(value.trim().as_bytes()))),
+            None if value.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("file:")) => {
+                Err(TokenError::Variable(name.clone(), "a file is written file:///path, in lower case"))
+            }
+            None => match parse(value.as_bytes()) {
+                Ok(token) => Ok(Source::Value { variable: name.clone(), token }),
+                Err(what) => Err(TokenError::Variable(name.clone(), what)),
+            },
         }
     }
 
@@ -96,7 +107,7 @@ impl Source {
     /// When the file cannot be read.
     pub fn read(&self) -> Result<Secret, TokenError> {
         match self {
-            Source::Value(token) => Ok(token.duplicate()),
+            Source::Value { token, .. } => Ok(token.duplicate()),
             Source::File { path, .. } => read(path).map_err(|error| TokenError::Read(path.clone(), error)),
         }
     }
@@ -115,9 +126,14 @@ fn read(path: &Path) -> io::Result<Secret> {
 /// What is wrong with the content, for a message.
 pub fn parse(bytes: &[u8]) -> Result<Secret, &'static str> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
-        Err("it is over 4 KiB")
+        return Err("it is over 4 KiB");
+    }
+    let token = bytes.trim_ascii();
+    // What no header line can carry would lock everybody out.
+    if token.iter().all(|byte| matches!(byte, b' '..=b'~')) {
+        Ok(Secret::from(token))
     } else {
-        Ok(Secret::from(bytes.trim_ascii()))
+        Err("it holds characters that no header can carry")
     }
 }
 
@@ -223,6 +239,8 @@ mod tests {
         );
         assert!(matches!(with(None, None).unwrap(), Source::File { default: true, .. }));
         assert!(with(Some(""), Some("y")).unwrap().read().unwrap().is_empty(), "set, though empty");
+        assert!(with(Some("file:/p"), None).is_err() && with(Some("FILE:///p"), None).is_err());
+        assert!(with(Some("a\tb"), None).is_err());
         assert!(with(Some("file://p"), None).unwrap_err().to_string().contains("absolute path"));
     }
 
@@ -261,6 +279,8 @@ mod tests {
         assert!(watch.poll().is_none(), "the same again");
         std::fs::write(&path, "x".repeat(5000)).unwrap();
         assert!(watch.poll().is_none(), "too large");
+        std::fs::write(&path, "thr\nee").unwrap();
+        assert!(watch.poll().is_none(), "two lines");
         std::fs::write(&path, "three").unwrap();
         assert!(watch.poll().unwrap().ct_eq(b"three"));
         std::fs::remove_dir_all(folder).unwrap();

@@ -1,6 +1,7 @@
 //! While KMS as a whole is down, one probe at a time goes out instead of a try for each secret.
 
-use crate::cache::{Key, KeyRef};
+use crate::cache::KeyRef;
+use crate::kms::reply::bare_name;
 use crate::kms::retry;
 use crate::random::Random;
 use crate::time::Mono;
@@ -12,7 +13,7 @@ const SECRETS_TO_OPEN: usize = 3;
 #[derive(Debug, Default)]
 pub(super) struct Circuit {
     /// The secrets that failed since the last reply; at most [`SECRETS_TO_OPEN`].
-    failed: Vec<Key>,
+    failed: Vec<Box<str>>,
     /// Probes that failed since it opened, and the failure that opened it.
     failures: u32,
     /// When the next probe may go out for a background refresh.
@@ -31,8 +32,8 @@ impl Circuit {
     /// A call for `key` failed without a reply that shows KMS at work. `true`: this opened the circuit.
     pub(super) fn on_failure(&mut self, key: KeyRef<'_>, now: Mono, random: &mut Random) -> bool {
         let was_open = self.is_open();
-        if !was_open && !self.failed.iter().any(|it| it.as_ref() == key) {
-            self.failed.push(key.to_owned());
+        if !was_open && !self.has_failed(key) {
+            self.failed.push(bare_name(key.id).into());
         }
         if self.is_open() {
             // What fails before a probe was due had begun before: it says nothing about the next one.
@@ -43,6 +44,12 @@ impl Circuit {
             self.probe_for_reader_at = self.probe_at.min(now.after(retry::BACKOFF_BASE));
         }
         self.is_open() && !was_open
+    }
+
+    /// Whether this secret is one of those that opened it, whichever of its versions was asked for.
+    #[must_use]
+    pub(super) fn has_failed(&self, key: KeyRef<'_>) -> bool {
+        self.failed.iter().any(|name| **name == *bare_name(key.id))
     }
 
     /// KMS replied. `true`: this closed the circuit.
@@ -79,6 +86,10 @@ mod tests {
         assert!(!fail(&mut circuit, "b"));
         assert!(!circuit.on_reply(), "was closed");
         assert!(!fail(&mut circuit, "b") && !fail(&mut circuit, "c"));
+        assert!(
+            !circuit.on_failure(KeyRef::new("c", Some("1"), None), now, &mut Random::from_seed(1)),
+            "the same secret"
+        );
         assert_eq!(circuit.open_until(true), Mono::default());
         assert!(fail(&mut circuit, "d") && circuit.is_open());
         assert!(!fail(&mut circuit, "e"), "it is open already");

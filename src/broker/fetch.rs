@@ -69,7 +69,15 @@ impl Broker {
     fn next_in_queue(&mut self, now: Mono) -> Option<(FlightId, Flight)> {
         let waited_for =
             |id: &FlightId| self.flights.get(id).is_some_and(|flight| !flight.readers.is_empty());
-        let foreground = self.queue.iter().position(waited_for);
+        // With the circuit open, one that has not failed shows best whether KMS is there.
+        let fresh = |id: &FlightId| {
+            self.flights.get(id).is_some_and(|flight| !self.circuit.has_failed(flight.key.as_ref()))
+        };
+        let hopeful = self.queue.iter().position(|id| waited_for(id) && fresh(id));
+        let foreground = match hopeful {
+            Some(position) if self.circuit.is_open() => Some(position),
+            _ => self.queue.iter().position(waited_for),
+        };
         let position = match foreground {
             Some(position) => {
                 let at = self.circuit.open_until(true);
@@ -206,14 +214,14 @@ impl Broker {
             Err(error) => {
                 let KeyRef { id: name, .. } = flight.key.as_ref();
                 log::warn!("KMS GetSecretValue \"{}\": {error} ({took_ms} ms)", escape(name));
-                return self.on_down(
-                    id,
-                    flight,
-                    Setback::passing(Failure::from_call(error), now.mono),
-                    now.mono,
-                );
+                let reached = error.reached;
+                let setback = Setback { reached, ..Setback::passing(Failure::from_call(error), now.mono) };
+                return self.on_down(id, flight, setback, now.mono);
             }
         };
+        if !matches!(reply, Reply::CredentialsRefused(_)) {
+            self.identity.accepted();
+        }
         if !matches!(reply, Reply::Transient { .. }) && self.circuit.on_reply() {
             log::info!("KMS replies again");
         }
@@ -261,8 +269,7 @@ impl Broker {
                 self.on_setback(id, flight, Setback::passing(Failure::from_kms(&error), until), now.mono);
             }
             Reply::CredentialsRefused(error) => {
-                self.identity.refused(&used, now.mono);
-                if flight.renewed {
+                if flight.renewed || !self.identity.refused(&used, now.mono) {
                     return self.on_setback(
                         id,
                         flight,
@@ -310,18 +317,26 @@ impl Broker {
         }
         let shared = Setback { not_before: now, ..setback.clone() };
         self.on_setback(id, flight, setback, now);
-        if self.circuit.is_open() {
-            for id in std::mem::take(&mut self.queue) {
-                if let Some(flight) = self.flights.remove(&id) {
-                    self.on_setback(id, flight, shared.clone(), now);
-                }
+        if !self.circuit.is_open() {
+            return;
+        }
+        for id in self.queue.clone() {
+            let Some(mut flight) = self.flights.remove(&id) else { continue };
+            if shared.reached {
+                // It may be that secret's own trouble: those in the queue have their turn. Who has a stale
+                // value need not wait for it.
+                self.answer_from_cache(&mut flight, now);
+                self.put_back(id, flight, now);
+            } else {
+                self.queue.retain(|it| *it != id);
+                self.on_setback(id, flight, shared.clone(), now);
             }
         }
     }
 
     /// A try failed: who has a fall-back gets it, who has none gets another try or the error.
     fn on_setback(&mut self, id: FlightId, mut flight: Flight, setback: Setback, now: Mono) {
-        let Setback { failure, retryable, not_before } = setback;
+        let Setback { failure, retryable, not_before, .. } = setback;
         flight.failures = flight.failures.saturating_add(1);
         flight.last_failure = Some(Rc::clone(&failure));
         flight.not_before = flight.not_before.max(not_before);
@@ -372,15 +387,17 @@ struct Setback {
     retryable: bool,
     /// Not before this.
     not_before: Mono,
+    /// KMS had been reached: the failure may be this secret's own.
+    reached: bool,
 }
 
 impl Setback {
     fn passing(failure: Failure, not_before: Mono) -> Setback {
-        Setback { failure: Rc::new(failure), retryable: true, not_before }
+        Setback { failure: Rc::new(failure), retryable: true, not_before, reached: true }
     }
 
     fn lasting(failure: Failure) -> Setback {
-        Setback { failure: Rc::new(failure), retryable: false, not_before: Mono::default() }
+        Setback { failure: Rc::new(failure), retryable: false, not_before: Mono::default(), reached: true }
     }
 }
 

@@ -12,6 +12,7 @@ pub mod gate;
 
 pub use flight::ClientId;
 
+use crate::cache::lru::Lru;
 use crate::cache::{Cache, Key, KeyRef, Lives, Lookup, REFRESH_JITTER_PER_MILLE};
 use crate::call::{Call, CallId};
 use crate::config::{Config, HostPort};
@@ -38,6 +39,8 @@ pub const UPSTREAM_CALLS_MAX: usize = 8;
 const FLIGHTS_MAX: usize = 2048;
 /// Throttled calls counted; the pause between refreshes has reached its cap by then.
 const THROTTLED_MAX: u32 = 7;
+/// Keys whose last `refreshNow` fetch is remembered.
+const REMEMBERED_MAX: usize = 1024;
 /// `refreshNow` fetches a key at most once in this time.
 const REFRESH_NOW_PAUSE: Duration = Duration::from_secs(1);
 
@@ -109,7 +112,7 @@ pub struct Broker {
     throttled: u32,
     /// None of them goes out before this.
     throttled_until: Mono,
-    refreshed: crate::cache::lru::Lru<Refreshed>,
+    refreshed: Lru<Refreshed>,
     outputs: VecDeque<Output>,
     writer: Writer,
     random: Random,
@@ -153,7 +156,7 @@ impl Broker {
             circuit: Circuit::default(),
             throttled: 0,
             throttled_until: Mono::default(),
-            refreshed: crate::cache::lru::Lru::new(config.cache.size, usize::MAX),
+            refreshed: Lru::new(REMEMBERED_MAX, usize::MAX),
             outputs: VecDeque::new(),
             writer: Writer::new(config.server.response_type, Random::from_seed(random.next_u64())),
             random,
@@ -335,7 +338,11 @@ impl Broker {
                     self.put_back(id, flight, now);
                     return Asked::Answered(self.write(&Content::Failure(failure), reader.manner, now, out));
                 }
-                *until = (*until).min(now.max(flight.not_before));
+                if flight.readers.is_empty() {
+                    // It paused behind the scenes; somebody waits now. Where others wait already the pause is
+                    // theirs, too.
+                    *until = (*until).min(now.max(flight.not_before));
+                }
             }
         }
         if flight.is_too_early_for(&reader, REFRESH_NOW_PAUSE, now) {
@@ -416,11 +423,13 @@ impl Broker {
         }
     }
 
-    /// Nobody waits, and there is no value to be renewed.
+    /// Nobody waits, there is no value to be renewed, and no `Retry-After` to be remembered for those who
+    /// come next (as long as there is room for that).
     fn is_pointless(&self, flight: &Flight, now: Mono) -> bool {
         flight.readers.is_empty()
             && flight.next_round.is_empty()
             && flight.failures > 0
+            && (now >= flight.not_before || self.flights.len() >= FLIGHTS_MAX / 2)
             && !(flight.background && self.cache.servable(flight.key.as_ref(), now).is_some())
     }
 

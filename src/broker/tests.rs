@@ -17,6 +17,7 @@ struct Rig {
     answers: Vec<(u64, String)>,
     next_client: u64,
     metadata_works: bool,
+    metadata_asked: u32,
 }
 
 impl Rig {
@@ -33,8 +34,15 @@ impl Rig {
         let identity = Identity::new(Wanted { role: Some("app".into()), ..Wanted::default() });
         let broker = Broker::new(&config, Secret::from(&b"tok"[..]), identity, Random::from_seed(42));
         let now = Now { mono: Mono::from_micros(1_000_000_000), unix_s: 1_700_000_000 };
-        let mut rig =
-            Rig { broker, now, calls: vec![], answers: vec![], next_client: 0, metadata_works: true };
+        let mut rig = Rig {
+            broker,
+            now,
+            calls: vec![],
+            answers: vec![],
+            next_client: 0,
+            metadata_works: true,
+            metadata_asked: 0,
+        };
         rig.settle();
         rig
     }
@@ -58,6 +66,7 @@ impl Rig {
         while let Some(output) = self.broker.poll_output() {
             match output {
                 Output::Call(call) if call.service == Service::Metadata => {
+                    self.metadata_asked += 1;
                     let mut request = Vec::new();
                     self.broker.write_request(&call, self.now, &mut request).unwrap();
                     let (status, body) = match (self.metadata_works, request.starts_with(b"PUT")) {
@@ -515,4 +524,102 @@ fn the_end_is_told_to_those_who_wait() {
     rig.broker.give_up();
     rig.settle();
     assert_eq!(rig.take_answers(), ["503 ServiceUnavailable"]);
+}
+
+#[test]
+fn a_crash_loop_does_not_shorten_what_the_server_asked_for() {
+    let mut rig = Rig::new();
+    rig.ask("/v1/db");
+    rig.reply(429, "Retry-After: 60\r\n", &error("Rejected.Throttling"));
+    assert_eq!(rig.take_answers(), ["429 Rejected.Throttling"]);
+    for _ in 0..50 {
+        assert_eq!(rig.ask("/v1/db").unwrap(), "429 Rejected.Throttling");
+        rig.sleep_ms(1_000);
+    }
+    assert!(rig.calls.is_empty());
+    rig.sleep_ms(3_000);
+    assert_eq!(rig.ask("/v1/db"), None, "so near the end it is waited out");
+    rig.sleep_ms(7_500);
+    assert_eq!(rig.calls.len(), 1);
+    rig.value("db", "one");
+    assert_eq!(rig.take_answers(), ["200 MISS 0 one"]);
+    assert!(rig.broker.flights.is_empty());
+}
+
+#[test]
+fn readers_who_join_a_pause_do_not_cut_it_short() {
+    let mut rig = Rig::new();
+    let mut tries = Vec::new();
+    for ms in 0..200 {
+        rig.ask("/v1/db");
+        if !rig.calls.is_empty() {
+            tries.push(ms * 10);
+            rig.error(503, "ServiceUnavailableTemporary");
+        }
+        rig.sleep_ms(10);
+    }
+    assert!(tries.len() < 20, "with a pause of up to 0.5 s and 1 s in turn: {tries:?}");
+}
+
+#[test]
+fn credentials_that_stay_refused_are_not_fetched_for_every_reader() {
+    let mut rig = Rig::new();
+    for _ in 0..20 {
+        rig.ask("/v1/db");
+        while !rig.calls.is_empty() {
+            rig.error(404, "InvalidAccessKeyId.NotFound");
+        }
+    }
+    assert_eq!(rig.take_answers(), ["404 InvalidAccessKeyId.NotFound"; 20]);
+    assert!(rig.metadata_asked < 8, "{} requests to the metadata service", rig.metadata_asked);
+}
+
+#[test]
+fn versions_of_one_secret_do_not_make_kms_count_as_down() {
+    let mut rig = Rig::new();
+    for target in
+        ["/v1/db", "/v1/db?versionStage=ACSPrevious", "/v1/db?versionId=1", "/v1/acs:kms:r:1:secret/db"]
+    {
+        rig.ask(target);
+        rig.break_off();
+    }
+    assert!(!rig.broker.circuit.is_open());
+}
+
+#[test]
+fn three_dead_secrets_do_not_break_a_healthy_one() {
+    let mut rig = Rig::new();
+    for n in 0..20 {
+        rig.ask(&format!("/v1/dead{n}"));
+    }
+    rig.ask("/v1/healthy");
+    let stall = |rig: &mut Rig| {
+        let call = rig.calls.remove(0);
+        let error = CallError::timeout("reply of", &call.origin, Duration::from_secs(5)).reached();
+        rig.broker.on_called(call.id, Err(error), rig.now);
+        rig.settle();
+    };
+    while !rig.calls.is_empty() {
+        stall(&mut rig);
+    }
+    assert!(rig.broker.circuit.is_open());
+    assert!(rig.take_answers().is_empty(), "each has tries of its own");
+    // The probes: those that have not failed first, so the healthy one comes to its turn.
+    let mut probes = 0;
+    while rig.answers.is_empty() {
+        rig.sleep_ms(100);
+        probes += rig.calls.len();
+        assert!(probes < 20 && rig.calls.len() <= 1);
+        if !rig.calls.is_empty() {
+            let mut request = Vec::new();
+            rig.broker.write_request(&rig.calls[0].clone(), rig.now, &mut request).unwrap();
+            if String::from_utf8(request).unwrap().contains("SecretName=healthy") {
+                rig.value("healthy", "one");
+            } else {
+                stall(&mut rig);
+            }
+        }
+    }
+    assert_eq!(rig.take_answers(), ["200 MISS 0 one"]);
+    assert!(!rig.broker.circuit.is_open());
 }

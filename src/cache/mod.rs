@@ -15,6 +15,8 @@ use zeroize::Zeroizing;
 /// How long KMS's definite refusal of a secret is remembered, so that a crash loop cannot burn the
 /// quota.
 pub const REFUSAL_LIFE: Duration = Duration::from_secs(5);
+/// Refusals remembered at a time, whatever the cache's own size.
+const REFUSALS_MAX: usize = 1024;
 /// A hot value is refreshed once this much of its life has passed, in per mille; the jitter below is
 /// added, so that a fleet does not refresh in step.
 const REFRESH_AT_PER_MILLE: u32 = 700;
@@ -96,7 +98,7 @@ impl Cache {
         Cache {
             lives,
             values: Lru::new(entries_max, bytes_max),
-            refusals: Lru::new(entries_max, usize::MAX),
+            refusals: Lru::new(REFUSALS_MAX, usize::MAX),
             refresh_floor: Mono::NEVER,
         }
     }

@@ -21,8 +21,9 @@ Commands:
   run    serve applications on 127.0.0.1 and [::1] (the default)
 
 Options:
-  -h, --help       print this, or a command's own help
-  -V, --version    print the version
+  -c, --config FILE    the configuration; see 'kms-agent run --help'
+  -h, --help           print this, or a command's own help
+  -V, --version        print the version
 
 An application asks
   curl -H \"X-KMS-Token: $(cat /var/run/kmstoken)\" \\
@@ -39,6 +40,9 @@ Options:
                        binary (/usr/local/alibabacloudkmsagent/config.toml when installed there),
                        and built-in defaults where that does not exist
   -h, --help           print this
+
+The token is the value of KMS_TOKEN (or what file:///path in it names), else of the file
+/var/run/kmstoken, made at the first start. The log is ./logs/kms-agent.log; see [Log] LogPath.
 
 Signals:
   SIGTERM, SIGINT      finish what is in flight (at most 5 s), then end
@@ -84,7 +88,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, S
             }
             Value(name) if !named => match name.to_str() {
                 Some("run") => named = true,
-                _ => return Err(format!("unknown command {name:?}")),
+                _ => return Err(format!("unknown command {name:?}; there is only: run")),
             },
             other => return Err(other.unexpected().to_string()),
         }

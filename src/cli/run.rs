@@ -55,7 +55,9 @@ pub fn main(file: Option<PathBuf>) -> u8 {
         }
         if let LogPath::Folder(folder) = &config.log.path {
             // Whoever started it by hand should not have to guess.
-            eprintln!("kms-agent: serving on port {}, log in {}", agent.port(), folder.display());
+            let log =
+                std::path::absolute(folder).unwrap_or_else(|_| folder.clone()).join(crate::log::FILE_NAME);
+            eprintln!("kms-agent: serving on port {}, log in {}", agent.port(), log.display());
         }
         agent.serve()
     };
@@ -234,10 +236,19 @@ fn raise_descriptor_limit(connections_max: usize) {
 /// that would need it: being somebody else instead would be worse than being nobody.
 fn identity(config: &Config, env: &dyn Fn(&str) -> Option<OsString>) -> Identity {
     let is_true = |name: &str| env(name).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let role_from_env =
+        || env("ALIBABA_CLOUD_ECS_METADATA")?.into_string().ok().filter(|role| !role.is_empty());
+    for name in
+        ["ALIBABA_CLOUD_ACCESS_KEY_ID", "ALIBABA_CLOUD_OIDC_TOKEN_FILE", "ALIBABA_CLOUD_CREDENTIALS_URI"]
+    {
+        if config.kms.auth_type == AuthType::Auto && env(name).is_some() {
+            log::warn!("{name} is set; this version does not use it, but the instance's RAM role");
+        }
+    }
     let missing = match (config.kms.auth_type, &config.kms.aap_arn) {
         (AuthType::Auto, None) | (AuthType::RamRole, _) => {
             return Identity::new(Wanted {
-                role: config.kms.role_name.clone(),
+                role: config.kms.role_name.clone().or_else(role_from_env),
                 region: config.kms.region.is_none() && config.kms.endpoint.is_none(),
                 hardened_only: is_true("ALIBABA_CLOUD_IMDSV1_DISABLED"),
             });

@@ -21,7 +21,7 @@ const IDLE_LIFE: Duration = Duration::from_secs(60);
 enum State {
     Resolving { call: Call, since: Mono },
     Connecting { call: Call, since: Mono, rest: Vec<SocketAddr> },
-    Handshaking { call: Call, since: Mono },
+    Handshaking { call: Call, since: Mono, rest: Vec<SocketAddr> },
     Exchanging { call: Call, since: Mono, parser: Box<ResponseParser>, reused: bool },
     Idle { since: Mono },
 }
@@ -95,6 +95,12 @@ impl Outbound {
         matches!(self.state, State::Idle { .. }) && self.service == call.service && self.origin == call.origin
     }
 
+    /// Whether nothing is under way on it.
+    #[must_use]
+    pub const fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle { .. })
+    }
+
     /// Whom it leads to.
     #[must_use]
     pub const fn service(&self) -> Service {
@@ -125,22 +131,15 @@ impl Outbound {
     /// Connecting failed; the next address, if there is one, is to be tried now.
     pub fn on_connect_failed(&mut self, why: &std::io::Error, now: Mono) -> Step {
         let why = crate::log::Reason(why).to_string();
-        self.next_address(now, |origin| CallError::unreachable("connect", origin, why))
-    }
-
-    fn next_address(&mut self, now: Mono, error: impl FnOnce(&HostPort) -> CallError) -> Step {
-        if let State::Connecting { call, since, rest } = &mut self.state
-            && !rest.is_empty()
-            && now < call.deadline
-        {
-            *since = now;
-            return Step::Connect(rest.remove(0));
-        }
-        self.failed(error)
+        self.failed(now, |origin| CallError::unreachable("connect", origin, why))
     }
 
     /// The socket is connected. With `tls` a handshake begins.
     pub fn on_connected(&mut self, tls: Option<Arc<ClientConfig>>, now: Mono) -> Step {
+        let rest = match &mut self.state {
+            State::Connecting { rest, .. } => std::mem::take(rest),
+            _ => Vec::new(),
+        };
         let Some(call) = self.take_call() else { return Step::Wait };
         let Some(config) = tls else {
             self.state = exchanging(call, now, false);
@@ -149,7 +148,7 @@ impl Outbound {
         match Tls::new(config, &self.origin.host) {
             Ok(tls) => {
                 self.wire = Wire::Tls(Box::new(tls));
-                self.state = State::Handshaking { call, since: now };
+                self.state = State::Handshaking { call, since: now, rest };
                 self.fill_pending();
                 Step::Wait
             }
@@ -188,7 +187,10 @@ impl Outbound {
 
     /// The request cannot be made: its call ends with this, the connection with it.
     pub fn give_up(&mut self, error: CallError) -> Step {
-        self.failed(|_| error)
+        match self.take_call() {
+            Some(call) => Step::Failed(call, error),
+            None => Step::Closed,
+        }
     }
 
     /// The bytes that the socket should take next.
@@ -226,10 +228,8 @@ impl Outbound {
                 }
                 Err(error) => {
                     self.fill_pending();
-                    match self.take_call() {
-                        Some(call) => Step::Failed(call, self.tls_failed(&error)),
-                        None => Step::Closed,
-                    }
+                    let error = self.tls_failed(&error);
+                    self.failed(now, |_| error)
                 }
             },
         };
@@ -266,7 +266,7 @@ impl Outbound {
         match parser.feed(bytes) {
             Ok(Progress::NeedMore) => Step::Wait,
             Ok(Progress::Done { used }) => self.replied(used == bytes.len(), now),
-            Err(error) => self.failed(|origin| CallError::invalid(origin, error)),
+            Err(error) => self.failed(now, |origin| CallError::invalid(origin, error)),
         }
     }
 
@@ -285,10 +285,29 @@ impl Outbound {
         }
     }
 
-    fn failed(&mut self, error: impl FnOnce(&HostPort) -> CallError) -> Step {
-        match self.take_call() {
-            Some(call) => Step::Failed(call, error(&self.origin)),
-            None => Step::Closed,
+    /// The call fails, unless another address of the name is left to be tried.
+    fn failed(&mut self, now: Mono, error: impl FnOnce(&HostPort) -> CallError) -> Step {
+        let reached = matches!(self.state, State::Exchanging { .. });
+        match std::mem::replace(&mut self.state, State::Idle { since: now }) {
+            State::Connecting { call, mut rest, .. } | State::Handshaking { call, mut rest, .. }
+                if !rest.is_empty() && now < call.deadline =>
+            {
+                // What was begun with the last one is void.
+                self.wire = Wire::Plain;
+                self.pending.zeroize();
+                self.sent = 0;
+                let address = rest.remove(0);
+                self.state = State::Connecting { call, since: now, rest };
+                Step::Connect(address)
+            }
+            State::Resolving { call, .. }
+            | State::Connecting { call, .. }
+            | State::Handshaking { call, .. }
+            | State::Exchanging { call, .. } => {
+                let error = error(&self.origin);
+                Step::Failed(call, if reached { error.reached() } else { error })
+            }
+            State::Idle { .. } => Step::Closed,
         }
     }
 
@@ -303,7 +322,7 @@ impl Outbound {
         {
             return self.replied(false, now);
         }
-        self.broken("the connection was closed before the reply was complete")
+        self.broken("the connection was closed before the reply was complete", now)
     }
 
     /// The socket has come to its end, or broke for this reason.
@@ -313,10 +332,12 @@ impl Outbound {
         }
         match (why, &self.wire) {
             (None, Wire::Plain) => self.on_proper_end(now),
-            (None, Wire::Tls(_)) => self.broken("the connection was closed before the reply was complete"),
+            (None, Wire::Tls(_)) => {
+                self.broken("the connection was closed before the reply was complete", now)
+            }
             (Some(error), _) => {
                 let why = crate::log::Reason(error).to_string();
-                self.broken(&why)
+                self.broken(&why, now)
             }
         }
     }
@@ -332,10 +353,10 @@ impl Outbound {
         }
     }
 
-    fn broken(&mut self, why: &str) -> Step {
+    fn broken(&mut self, why: &str, now: Mono) -> Step {
         let stage = self.stage();
         let truncated = matches!(&self.state, State::Exchanging { parser, .. } if parser.started());
-        self.failed(|origin| {
+        self.failed(now, |origin| {
             if truncated {
                 CallError::invalid(origin, why)
             } else {
@@ -364,7 +385,7 @@ impl Outbound {
         let (call, end) = match &self.state {
             State::Resolving { call, since } => (call, since.after(limits.resolve)),
             State::Connecting { call, since, .. } => (call, since.after(limits.connect)),
-            State::Handshaking { call, since } => (call, since.after(limits.handshake)),
+            State::Handshaking { call, since, .. } => (call, since.after(limits.handshake)),
             State::Exchanging { call, since, .. } => (call, since.after(limits.reply)),
             State::Idle { since } => return since.after(IDLE_LIFE),
         };
@@ -386,8 +407,7 @@ impl Outbound {
         let error = |origin: &HostPort| CallError::timeout(stage, origin, Duration::from_millis(after_ms));
         match &self.state {
             State::Idle { .. } => Step::Closed,
-            State::Connecting { .. } => self.next_address(now, error),
-            _ => self.failed(error),
+            _ => self.failed(now, error),
         }
     }
 

@@ -130,6 +130,8 @@ pub struct Identity {
     held: Option<Held>,
     state: State,
     failures: u32,
+    /// When KMS's refusal last set a renewal going, until renewed ones are accepted.
+    refused_last: Option<Mono>,
 }
 
 impl Identity {
@@ -141,6 +143,7 @@ impl Identity {
             held: None,
             state: State::Resting { at: Mono::default() },
             failures: 0,
+            refused_last: None,
         }
     }
 
@@ -177,14 +180,26 @@ impl Identity {
     }
 
     /// KMS refused these credentials: they are dropped and fetched anew. Those of an earlier life are
-    /// ignored, so that a burst of refusals renews once.
-    pub fn refused(&mut self, refused: &Rc<Credentials>, now: Mono) {
-        if self.held.as_ref().is_some_and(|held| Rc::ptr_eq(&held.credentials, refused)) {
-            self.held = None;
-            if !matches!(self.state, State::Asking { .. }) {
-                self.begin(now);
-            }
+    /// ignored, so that a burst of refusals renews once. `false`: they were renewed for that reason a moment
+    /// ago and have never worked; asking again would only burden the metadata service.
+    pub fn refused(&mut self, refused: &Rc<Credentials>, now: Mono) -> bool {
+        if !self.held.as_ref().is_some_and(|held| Rc::ptr_eq(&held.credentials, refused)) {
+            return true;
         }
+        if self.refused_last.is_some_and(|last| now < last.after(DEMAND_PAUSE)) {
+            return false;
+        }
+        self.refused_last = Some(now);
+        self.held = None;
+        if !matches!(self.state, State::Asking { .. }) {
+            self.begin(now);
+        }
+        true
+    }
+
+    /// KMS accepted the credentials it was shown: a later refusal is news.
+    pub fn accepted(&mut self) {
+        self.refused_last = None;
     }
 
     fn begin(&mut self, now: Mono) {
@@ -356,10 +371,15 @@ mod tests {
         fetch(&mut identity, at(0), "1970-01-01T10:00:00Z");
         let Standing::Ready(old) = identity.standing(at(1).mono) else { panic!() };
         let old = Rc::clone(old);
-        identity.refused(&old, at(1).mono);
-        identity.refused(&old, at(1).mono);
+        assert!(identity.refused(&old, at(1).mono) && identity.refused(&old, at(1).mono));
         fetch(&mut identity, at(1), "1970-01-01T10:00:00Z");
-        identity.refused(&old, at(2).mono);
+        assert!(identity.refused(&old, at(2).mono));
+        let Standing::Ready(new) = identity.standing(at(1).mono) else { panic!() };
+        let new = Rc::clone(new);
+        assert!(!identity.refused(&new, at(1).mono), "renewed a moment ago: no use");
+        identity.accepted();
+        assert!(identity.refused(&new, at(1).mono), "they had worked");
+        fetch(&mut identity, at(1), "1970-01-01T10:00:00Z");
         assert!(matches!(identity.standing(at(2).mono), Standing::Ready(_)));
         assert!(!identity.poll(at(2).mono));
     }

@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::{
     BACKUP_FILES_MAX, BUFFER_BYTES_MAX, FILE_MODE, FILE_NAME, FOLDER_MODE, RETRY_INTERVAL, Reason, Settings,
 };
@@ -128,9 +130,20 @@ pub(super) trait Output: fmt::Debug + Send {
 #[derive(Debug)]
 pub(super) struct Stderr;
 
+/// POSIX's `PIPE_BUF` on Linux, in bytes.
+const PIPE_BYTES: usize = 4096;
+
 impl Output for Stderr {
     fn write(&mut self, lines: &[u8], _: Mono) -> io::Result<usize> {
-        io::stderr().write(lines)
+        let stderr = io::stderr();
+        // Whoever should read it may have stopped: then lines are lost, and the agent goes on. A pipe that
+        // polls writable takes this much at once.
+        let ready =
+            poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        if ready == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        io::stderr().write(lines.get(..PIPE_BYTES).unwrap_or(lines))
     }
 }
 

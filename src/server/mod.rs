@@ -8,6 +8,7 @@ mod slab;
 mod upstream;
 
 use crate::broker::{Broker, Output};
+use crate::call::Service;
 use crate::conn::inbound::{Inbound, READ_BYTES, State};
 use crate::conn::outbound::Outbound;
 use crate::log::RateLimit;
@@ -221,6 +222,8 @@ impl<N: Net> Server<N> {
                 self.see_token();
                 if let Some(tls) = self.host.on_reload() {
                     self.tls = Some(tls);
+                    // What the old roots vouched for is not used again.
+                    self.close_idle(Service::Kms);
                 }
             }
         }

@@ -20,6 +20,8 @@ pub(super) struct Addresses {
     port: u16,
     found: Vec<SocketAddr>,
     until: Mono,
+    /// Names that the resolver has not answered yet: while it hangs it is asked once.
+    asked: Vec<(String, u16)>,
 }
 
 impl Addresses {
@@ -57,17 +59,20 @@ impl<N: Net> Server<N> {
             let step = conn.on_resolved(&Ok(addresses), self.now.mono);
             return self.carry(token, conn, step);
         }
-        if !self.outbound.iter().any(|(_, other)| other.is_resolving(&host, port)) {
+        if !self.addresses.asked.iter().any(|(name, at)| *name == host && *at == port) {
             self.net.resolve(&host, port);
+            self.addresses.asked.push((host, port));
         }
         self.carry(token, conn, Step::Wait);
     }
 
     /// A name was looked up: all that wait for it go on.
     pub(super) fn on_resolved(&mut self, host: &str, port: u16, result: Result<Vec<SocketAddr>, String>) {
+        self.addresses.asked.retain(|(name, at)| name != host || *at != port);
         if let Ok(found) = &result {
             let until = self.now.mono.after(ADDRESSES_LIFE);
-            self.addresses = Addresses { host: host.to_owned(), port, found: found.clone(), until };
+            let asked = std::mem::take(&mut self.addresses.asked);
+            self.addresses = Addresses { host: host.to_owned(), port, found: found.clone(), until, asked };
         }
         let waiting = self.outbound.iter().filter(|(_, conn)| conn.is_resolving(host, port));
         let waiting: Vec<Token> = waiting.map(|(token, _)| token).collect();
@@ -156,7 +161,10 @@ impl<N: Net> Server<N> {
                     token = self.outbound.renew(token);
                     match self.net.connect(token, address) {
                         Ok(()) => Step::Wait,
-                        Err(error) => conn.on_connect_failed(&error, self.now.mono),
+                        Err(error) => {
+                            self.addresses.forget();
+                            conn.on_connect_failed(&error, self.now.mono)
+                        }
                     }
                 }
                 Step::SendRequest => self.write_request(&mut conn),
@@ -168,6 +176,10 @@ impl<N: Net> Server<N> {
                     // The next try looks the name up anew: the failure may be the address's.
                     self.addresses.forget();
                     self.end_outbound(token, conn);
+                    if error.reached {
+                        // What cut this one off may have cut off those that rest: the next try gets a fresh one.
+                        self.close_idle(call.service);
+                    }
                     return self.broker.on_called(call.id, Err(error), self.now);
                 }
                 Step::Again(call) => {
@@ -209,7 +221,19 @@ impl<N: Net> Server<N> {
     pub(super) fn on_outbound_time(&mut self, token: Token) {
         if let Some(mut conn) = self.outbound.take(token) {
             let step = conn.on_time(self.now.mono);
+            if matches!(step, Step::Connect(_)) {
+                self.addresses.forget();
+            }
             self.carry(token, conn, step);
+        }
+    }
+
+    /// Ends the connections to `service` that nothing is under way on.
+    pub(super) fn close_idle(&mut self, service: Service) {
+        let idle = self.outbound.iter().filter(|(_, conn)| conn.is_idle() && conn.service() == service);
+        let tokens: Vec<Token> = idle.map(|(token, _)| token).collect();
+        for token in tokens {
+            self.close_outbound(token);
         }
     }
 

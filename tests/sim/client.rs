@@ -223,6 +223,11 @@ impl World {
                     let count = self.rng.below(part.len()) + 1;
                     let latency = self.rng.magnitude(1, 12 * SECOND);
                     self.send(id, latency, Ev::Bytes(id, part[..count].to_vec(), None));
+                    if self.rng.chance(400) {
+                        // Its end is told with its last bytes, or soon after.
+                        let after = self.rng.pick(&[0, 0, 10, 100_000]);
+                        self.send(id, after, Ev::Fin(id, None));
+                    }
                 }
             }
         }
@@ -404,7 +409,7 @@ impl World {
         if self.clients[client].done {
             return;
         }
-        let most = self.rng.magnitude(1, 50_000);
+        let most = if self.calmed { u64::MAX } else { self.rng.magnitude(1, 50_000) };
         self.client_takes(client, most);
         let after = self.rng.magnitude(1_000, 3 * SECOND);
         self.after(after, Ev::ClientReads(client));

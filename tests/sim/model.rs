@@ -12,6 +12,7 @@ use std::rc::Rc;
 const RESERVE: usize = 16;
 const UPSTREAM_MAX: usize = 8;
 /// What the contract says of deadlines.
+/// And a little: those accepted in one tick count as a microsecond apart.
 const FIRST_BYTE_US: u64 = 10 * SECOND;
 const HEAD_US: u64 = 5 * SECOND;
 const IDLE_US: u64 = 75 * SECOND;
@@ -872,7 +873,7 @@ impl World {
             }
             let talk = &self.conns[id].talk;
             if let Some((deadline_us, kind)) = self.deadline_us(id)
-                && self.now_us > deadline_us
+                && self.now_us > deadline_us + if kind == Fault::FirstByteDeadline { 1000 } else { 0 }
                 // Once blocked, the agent's time runs from the first refusal; it may have been relieved since.
                 && !(talk.said_close.is_some() && talk.blocked.is_some())
             {

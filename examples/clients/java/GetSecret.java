@@ -5,6 +5,7 @@ import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
 import java.net.http.HttpResponse.BodyHandlers;
 import java.nio.charset.StandardCharsets;
+import java.nio.file.FileSystemException;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
@@ -72,7 +73,9 @@ public class GetSecret {
         try {
             System.out.println(getSecret(args[0]));
         } catch (IOException error) {
-            System.err.println(error.getMessage());
+            // The message of a missing file is its name alone; some exceptions have none.
+            boolean bare = error.getMessage() == null || error instanceof FileSystemException;
+            System.err.println(bare ? error : error.getMessage());
             System.exit(1);
         }
     }

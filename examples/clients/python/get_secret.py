@@ -41,7 +41,8 @@ def get_secret(name, refresh_now=False):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(__doc__)
+        print("usage: get_secret.py NAME", file=sys.stderr)
+        sys.exit(2)
     try:
         print(get_secret(sys.argv[1]))
     except urllib.error.HTTPError as error:
