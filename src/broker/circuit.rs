@@ -16,6 +16,8 @@ pub(super) struct Circuit {
     failed: Vec<Box<str>>,
     /// Probes that failed since it opened, and the failure that opened it.
     failures: u32,
+    /// When it was last seen to fail.
+    failed_last: Mono,
     /// When the next probe may go out for a background refresh.
     probe_at: Mono,
     /// The same for a reader who waits: sooner, so that recovery is noticed by the first who asks.
@@ -29,9 +31,16 @@ impl Circuit {
         self.failed.len() >= SECRETS_TO_OPEN
     }
 
+    /// Whether it is open by news that is not old: where nobody asked for a while, nobody knows.
+    #[must_use]
+    pub(super) fn is_known_open(&self, now: Mono) -> bool {
+        self.is_open() && now < self.failed_last.after(retry::BACKOFF_CAP)
+    }
+
     /// A call for `key` failed without a reply that shows KMS at work. `true`: this opened the circuit.
     pub(super) fn on_failure(&mut self, key: KeyRef<'_>, now: Mono, random: &mut Random) -> bool {
         let was_open = self.is_open();
+        self.failed_last = now;
         if !was_open && !self.has_failed(key) {
             self.failed.push(bare_name(key.id).into());
         }
@@ -93,6 +102,7 @@ mod tests {
         assert_eq!(circuit.open_until(true), Mono::default());
         assert!(fail(&mut circuit, "d") && circuit.is_open());
         assert!(!fail(&mut circuit, "e"), "it is open already");
+        assert!(circuit.is_known_open(now) && !circuit.is_known_open(now.after(retry::BACKOFF_CAP)));
         assert!(circuit.open_until(true) <= now.after(retry::BACKOFF_BASE));
         assert!(circuit.open_until(true) <= circuit.open_until(false));
         assert!(circuit.on_reply() && !circuit.is_open());

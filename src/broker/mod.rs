@@ -267,7 +267,7 @@ impl Broker {
             return self.join(key, reader, now, out);
         }
         let persistence = manner.persistence;
-        let known_failing = self.is_known_failing(key);
+        let known_failing = self.is_known_failing(key, now);
         match self.cache.lookup(key, now) {
             Lookup::Fresh { value, refresh } => {
                 self.writer.secret(out, &value.body, value.span, now, XCache::Hit, manner);
@@ -291,9 +291,9 @@ impl Broker {
 
     /// Whether a try for this key has failed and none succeeded since, or KMS is down as a whole: a
     /// reader with a stale value at hand need not wait to find out.
-    fn is_known_failing(&self, key: KeyRef<'_>) -> bool {
+    fn is_known_failing(&self, key: KeyRef<'_>, now: Mono) -> bool {
         let flight = self.by_key.get(&Lookable(key)).and_then(|id| self.flights.get(id));
-        self.circuit.is_open() || flight.is_some_and(|flight| flight.failures > 0)
+        self.circuit.is_known_open(now) || flight.is_some_and(|flight| flight.failures > 0)
     }
 
     /// What the last `refreshNow` fetch of this key gave, if that was a moment ago.
