@@ -328,6 +328,12 @@ impl Broker {
         if has_stale {
             flight.background = true;
         }
+        if let Phase::Queued { began } = &mut flight.phase
+            && flight.readers.is_empty()
+        {
+            // A refresh that was held back: its try begins now that somebody waits for it.
+            *began = now;
+        }
         if reader.refresh_now || !has_stale {
             let budget = *flight.budget.get_or_insert_with(|| Budget::from(now));
             if let Phase::Pausing { until } = &mut flight.phase {

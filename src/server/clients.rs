@@ -326,7 +326,11 @@ impl<N: Net> Server<N> {
                             self.log_request(format_args!("{}", Shown(&request)), &done, self.now.mono);
                             if done.persistence == Persistence::Close {
                                 // A body, or more requests, may be on their way.
-                                let linger = used < bytes.len() || request.has_body || busy;
+                                // A client that is not told yet that we end, too.
+                                let linger = used < bytes.len()
+                                    || request.has_body
+                                    || busy
+                                    || self.drain_until.is_some();
                                 return (used, End::Last { linger });
                             }
                         }
@@ -359,7 +363,9 @@ impl<N: Net> Server<N> {
                 let done = self.broker.write_answer(answer, last, self.now, &mut out);
                 self.log_request(format_args!("{}", pending.shown), &done, pending.since);
                 conn.state = match done.persistence {
-                    Persistence::Close => State::Closing { linger: !rest.is_empty() },
+                    Persistence::Close => {
+                        State::Closing { linger: !rest.is_empty() || self.drain_until.is_some() }
+                    }
                     _ => State::Paused { rest },
                 };
                 open = self.send(token, &mut conn, &out);

@@ -282,32 +282,30 @@ impl<N: Net> Server<N> {
     }
 
     fn on_deadlines(&mut self) {
-        self.deadline_floor = Mono::NEVER;
         let now = self.now.mono;
-        let mut due = Vec::new();
-        for (token, conn) in self.inbound.iter() {
-            let deadline = conn.deadline();
-            if now >= deadline {
-                due.push(token);
-            } else {
-                self.deadline_floor = self.deadline_floor.min(deadline);
-            }
-        }
-        for token in due {
+        let (clients, clients_next) = due(&self.inbound, Inbound::deadline, now);
+        let (upstream, upstream_next) = due(&self.outbound, Outbound::deadline, now);
+        self.deadline_floor = clients_next.min(upstream_next);
+        for token in clients {
             // A client that broke its deadline gets no reply: it would not be the one to a request.
             self.close_inbound(token);
         }
-        let mut due = Vec::new();
-        for (token, conn) in self.outbound.iter() {
-            let deadline = conn.deadline();
-            if now >= deadline {
-                due.push(token);
-            } else {
-                self.deadline_floor = self.deadline_floor.min(deadline);
-            }
-        }
-        for token in due {
+        for token in upstream {
             self.on_outbound_time(token);
         }
     }
+}
+
+/// The connections whose deadline has come, and the earliest of the others' deadlines.
+fn due<T>(slab: &Slab<T>, deadline: impl Fn(&T) -> Mono, now: Mono) -> (Vec<Token>, Mono) {
+    let (mut due, mut next) = (Vec::new(), Mono::NEVER);
+    for (token, conn) in slab.iter() {
+        let deadline = deadline(conn);
+        if now >= deadline {
+            due.push(token);
+        } else {
+            next = next.min(deadline);
+        }
+    }
+    (due, next)
 }
