@@ -412,7 +412,7 @@ impl World {
         let most = if self.calmed { u64::MAX } else { self.rng.magnitude(1, 50_000) };
         self.client_takes(client, most);
         let after = self.rng.magnitude(1_000, 3 * SECOND);
-        self.after(after, Ev::ClientReads(client));
+        self.after(if self.calmed { 1_000 } else { after }, Ev::ClientReads(client));
     }
 
     fn client_takes(&mut self, client: ClientId, most: u64) {

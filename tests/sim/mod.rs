@@ -137,6 +137,7 @@ fn world(seed: u64, printing: bool) -> World {
         verified: false,
         calmed: false,
         idle_ticks: 0,
+        calls: 0,
         ticks: 0,
         trace: seed,
         printing,
@@ -258,8 +259,12 @@ pub fn run(seed: u64, ticks_max: Option<u64>, printing: bool) -> Outcome {
         if let Some((_, id)) = world.slots.iter().flatten().next() {
             world.fail(format!("the loop has ended and connection {id} is open"));
         }
-        if world.listening || world.terminated.is_none() {
-            world.fail("the loop has ended for no reason");
+        match world.terminated {
+            None => world.fail("the loop has ended for no reason"),
+            Some(at) if world.now_us > at.us + 5 * SECOND + (world.stall_us - at.stall_us) => {
+                world.fail("SIGTERM was over 5 s ago");
+            }
+            Some(_) => {}
         }
         // What is on its way arrives.
         world.now_us += 2 * SECOND;

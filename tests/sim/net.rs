@@ -382,6 +382,7 @@ impl World {
 
     fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) {
         let before_us = self.now_us;
+        self.calls = 0;
         self.ticks += 1;
         let until = timeout.map(|timeout| self.now_us + u64::try_from(timeout.as_micros()).unwrap());
         self.note(1, until.unwrap_or(0));
@@ -444,7 +445,16 @@ impl World {
         }
     }
 
+    /// A tick comes to an end.
+    fn count_call(&mut self) {
+        self.calls += 1;
+        if self.calls > 100_000 {
+            self.fail("a tick that does not end");
+        }
+    }
+
     fn accept(&mut self, number: usize, token: Token) -> io::Result<()> {
+        self.count_call();
         if !self.listening {
             self.fail("accept although it does not listen any more");
         }
@@ -497,6 +507,7 @@ impl World {
     }
 
     fn read(&mut self, token: Token, into: &mut [u8]) -> io::Result<usize> {
+        self.count_call();
         let id = self.socket(token)?;
         if self.roll(Fault::Interrupted) {
             return Err(ErrorKind::Interrupted.into());
@@ -557,6 +568,7 @@ impl World {
     }
 
     fn write(&mut self, token: Token, bytes: &[u8]) -> io::Result<usize> {
+        self.count_call();
         let id = self.socket(token)?;
         if self.roll(Fault::Interrupted) {
             return Err(ErrorKind::Interrupted.into());
@@ -610,6 +622,7 @@ impl World {
     }
 
     fn connect(&mut self, token: Token, address: SocketAddr) -> io::Result<()> {
+        self.count_call();
         if self.is_without_descriptors(Fault::ConnectWithoutDescriptor) {
             return Err(io::Error::from_raw_os_error(24));
         }
@@ -682,6 +695,9 @@ impl World {
             Ok(self.addresses(host, port))
         };
         let at = self.resolver_busy_until_us.max(self.now_us) + took;
+        if at > self.now_us + SECOND / 10 {
+            self.trouble();
+        }
         self.resolver_busy_until_us = at;
         self.note(9, at);
         self.at(at, Ev::Resolved(host.to_owned(), port, result));

@@ -97,6 +97,7 @@ struct Request {
     head: String,
     key: Option<usize>,
     asked: Stamp,
+    for_refresh: bool,
 }
 
 impl Request {
@@ -118,7 +119,8 @@ enum Then {
 
 impl World {
     pub fn make_secrets(&mut self, span_us: u64) {
-        let count = self.rng.range(1, 6);
+        // So many that KMS's connections run out, sometimes.
+        let count = if self.rng.chance(100) { self.rng.range(10, 16) } else { self.rng.range(1, 6) };
         let large = self.rng.chance(200);
         for number in 0..count {
             let name = if number == 1 { "app/cred-1".to_owned() } else { format!("db-{number}") };
@@ -210,7 +212,13 @@ impl World {
         }
         requests.count += 1;
         let key = (self.conns[id].peer == Peer::Kms).then(|| self.key_of(&head));
-        self.conns[id].requests.waiting.push_back(Request { end, head, key, asked: stamp });
+        let for_refresh = key.is_some_and(|key| {
+            let read_us = self.model.keys[key].refresh_read_us;
+            self.refresh_is_owed(key)
+                || read_us.is_some_and(|at| self.now_us - at < 16 * SECOND + self.stall_us)
+        });
+        let request = Request { end, head, key, asked: stamp, for_refresh };
+        self.conns[id].requests.waiting.push_back(request);
         if let Some(key) = key {
             self.on_fetch(id, key);
         }
@@ -420,6 +428,7 @@ impl World {
             kind,
             body: Rc::new(body.clone().into_bytes()),
             asked: request.asked,
+            for_refresh: request.for_refresh,
             delivered: None,
             rotates_unix_s,
         });
@@ -526,6 +535,9 @@ impl World {
         self.send_in_parts(id, delay_us, &out, serve);
         self.conns[id].requests.answered += 1;
         if self.roll(Fault::KmsSaysMore) {
+            // Nobody can tell this from the next reply, if it comes late enough.
+            self.trouble();
+            self.conns[id].requests.spoiled = true;
             self.send(id, 0, Ev::Bytes(id, b"HTTP/1.1 200 more\r\n".to_vec(), None));
         }
         if says_close {

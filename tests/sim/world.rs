@@ -155,6 +155,8 @@ pub struct World {
     /// The faults have stopped.
     pub calmed: bool,
     pub idle_ticks: u32,
+    /// Of the agent in this tick.
+    pub calls: u32,
     pub ticks: u64,
     pub trace: u64,
     pub printing: bool,
@@ -327,7 +329,17 @@ impl World {
         self.kms.dead_addresses = [false; 3];
         self.metadata.outage = None;
         self.no_descriptors_until_us = 0;
-        self.on(Ev::WallClock(0));
+        // Some hosts' clocks stay wrong: the agent has to do with KMS's. Not so wrong that credentials look expired.
+        let stays_wrong = self.wall_moved && self.rng.chance(400);
+        let wrong_s = i64::try_from(self.rng.range(1_200, 7_200)).unwrap();
+        let offset_s = if !stays_wrong {
+            0
+        } else if self.rng.chance(500) {
+            wrong_s
+        } else {
+            -wrong_s
+        };
+        self.on(Ev::WallClock(offset_s));
         self.after(180 * SECOND, Ev::Verify);
     }
 
@@ -345,6 +357,7 @@ impl World {
         }
         self.verified = true;
         self.add_verifiers();
-        self.after(30 * SECOND, Ev::Signal(Signal::Terminate));
+        let keys = self.model.keys.len() as u64;
+        self.after((keys + 5) * SECOND, Ev::Signal(Signal::Terminate));
     }
 }
