@@ -663,25 +663,24 @@ impl World {
         });
         let refusal = quoted.map(|number| &self.model.serves[number]);
         match refusal {
-            Some(serve) if serve.kind == ServeKind::Refusal => {
-                let Some(delivered) = serve.delivered else { wrong("a refusal that never came".into()) };
+            Some(serve) if matches!(serve.kind, ServeKind::Refusal | ServeKind::Failure) => {
+                let Some(delivered) = serve.delivered else {
+                    wrong(format!("a {:?} that never came", serve.kind))
+                };
                 if serve.key != key {
-                    wrong(format!("the refusal of another key: {}", self.model.keys[serve.key].name));
+                    wrong(format!("a {:?} of another key: {}", serve.kind, self.model.keys[serve.key].name));
                 }
                 let newer = |stamp: Stamp| stamp.op > delivered.op && stamp.op < low.op;
                 if self.model.keys[key].history.iter().any(|(stamp, _)| newer(*stamp)) {
-                    wrong("an old refusal".into());
+                    wrong(format!("an old {:?}", serve.kind));
                 }
-                if low.us >= delivered.us + REFUSAL_US {
-                    wrong(format!("a refusal of {} us ago", low.us - delivered.us));
-                }
-                if low.us > delivered.us {
-                    self.hit(Fault::RememberedRefusal);
-                }
-            }
-            Some(serve) if matches!(serve.kind, ServeKind::Failure) => {
-                if serve.delivered.is_none() {
-                    wrong("a failure that never came".into());
+                if serve.kind == ServeKind::Refusal {
+                    if low.us >= delivered.us + REFUSAL_US {
+                        wrong(format!("a refusal of {} us ago", low.us - delivered.us));
+                    }
+                    if low.us > delivered.us {
+                        self.hit(Fault::RememberedRefusal);
+                    }
                 }
             }
             Some(serve) => wrong(format!("the words of {:?}", serve.kind)),

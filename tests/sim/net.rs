@@ -4,7 +4,7 @@
 use super::client::ClientId;
 use super::faults::Fault;
 use super::model::Talk;
-use super::upstream::Requests;
+use super::upstream::{HANG_US, Requests};
 use super::world::{ConnId, Ev, SECOND, World};
 use kms_agent::net::{Event, Net, Readiness, Token};
 use kms_agent::time::Now;
@@ -649,13 +649,13 @@ impl World {
         let hangs = outage == Some(Fault::ConnectHangs);
         if hangs || self.roll(Fault::ConnectHangs) || dead && self.rng.chance(500) {
             self.hit(Fault::ConnectHangs);
-            self.trouble();
+            self.trouble_for(HANG_US);
             return Ok(());
         }
         let mut latency = self.latency();
         if self.roll(Fault::ConnectSlow) {
             latency += self.rng.magnitude(100_000, 3 * SECOND);
-            self.trouble();
+            self.trouble_for(latency);
         }
         let refused = dead || refuses || self.roll(Fault::ConnectRefused);
         if refused {
@@ -682,7 +682,6 @@ impl World {
         let mut took = self.latency();
         if self.roll(Fault::NameSlow) {
             took += self.rng.magnitude(100_000, 12 * SECOND);
-            self.trouble();
         }
         let result = if self.roll(Fault::NameUnknown) || self.kms.outage == Some(Fault::NameUnknown) {
             self.hit(Fault::NameUnknown);
@@ -696,7 +695,7 @@ impl World {
         };
         let at = self.resolver_busy_until_us.max(self.now_us) + took;
         if at > self.now_us + SECOND / 10 {
-            self.trouble();
+            self.trouble_for(at - self.now_us);
         }
         self.resolver_busy_until_us = at;
         self.note(9, at);

@@ -14,6 +14,8 @@ use time::format_description::well_known::Rfc3339;
 
 /// KMS accepts clocks that are off by less.
 const SKEW_MAX_S: i64 = 900;
+/// What hangs is trouble until the agent gives up, at the latest then.
+pub const HANG_US: u64 = 15 * SECOND;
 
 /// A secret, as KMS has it.
 #[derive(Debug)]
@@ -307,8 +309,10 @@ impl World {
             self.hit(fault);
         }
         let fault = outage.or(rolled);
-        if fault.is_some() {
-            self.trouble();
+        match fault {
+            Some(Fault::KmsHangs) => self.trouble_for(HANG_US),
+            Some(_) => self.trouble(),
+            None => {}
         }
         let number = self.model.serves.len();
         let request_id = format!("kms-req-{number}");
@@ -476,7 +480,7 @@ impl World {
             if self.plan.calm { self.rng.range(500, 30_000) } else { self.rng.magnitude(100, 200_000) };
         if self.roll(if kms { Fault::KmsSlow } else { Fault::MetadataSlow }) {
             delay_us += self.rng.magnitude(200_000, 6 * SECOND);
-            self.trouble();
+            self.trouble_for(delay_us);
         }
         let mut out = Vec::new();
         if self.roll(Fault::KmsInterim) {
@@ -566,9 +570,6 @@ impl World {
 
     fn send_in_parts(&mut self, id: ConnId, delay_us: u64, bytes: &[u8], serve: Option<usize>) {
         let trickles = self.roll(Fault::KmsTrickles);
-        if trickles {
-            self.trouble();
-        }
         let parts = if trickles { self.rng.below(50) + 2 } else { self.rng.below(4) + 1 };
         let mut after = delay_us + self.latency();
         let mut rest = bytes;
@@ -583,6 +584,9 @@ impl World {
             self.send(id, after, Ev::Bytes(id, bytes.to_vec(), mark));
             let gap = if trickles { self.rng.magnitude(1000, 300_000) } else { self.rng.pick(&[0, 10, 400]) };
             after += gap;
+        }
+        if trickles {
+            self.trouble_for(after);
         }
     }
 
@@ -602,8 +606,10 @@ impl World {
             self.hit(fault);
         }
         let fault = outage.or(rolled);
-        if fault.is_some() {
-            self.trouble();
+        match fault {
+            Some(Fault::MetadataHangs) => self.trouble_for(HANG_US),
+            Some(_) => self.trouble(),
+            None => {}
         }
         let line = request.head.lines().next().unwrap_or_default();
         let Some(path) = line.strip_suffix(" HTTP/1.1") else { self.fail(format!("not HTTP/1.1: {line}")) };

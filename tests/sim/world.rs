@@ -200,9 +200,14 @@ impl World {
         self.hits.0[fault as usize] += 1;
     }
 
-    /// Something happened that may make KMS's answers fail or late from now on.
+    /// Something happened that may make KMS's answers fail or late at this moment.
     pub fn trouble(&mut self) {
-        self.model.trouble_us = Some(self.now_us);
+        self.trouble_for(0);
+    }
+
+    /// The same from now on, for so long.
+    pub fn trouble_for(&mut self, us: u64) {
+        self.model.trouble_us = self.model.trouble_us.max(Some(self.now_us + us));
     }
 
     /// A hop on the machine, or in the data centre.
