@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 const REGRESSIONS: &[(u64, &str)] = &[
     (0, "agent: a head's time ran while the replies before it could not be sent"),
     (46, "agent: the first bytes of a connection whose connect was told in the same event were never read"),
+    (129, "agent: refreshNow got a failure although an ordinary fetch had brought a value after it"),
     (149, "agent: a pooled connection whose end had been told with its last bytes was used again"),
     (164, "agent: refreshNow joined a refresh that had begun over a second before"),
     (220, "agent: pipelined requests after a full batch were forgotten"),
