@@ -8,27 +8,43 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub(crate) const HELP: &str = "\
-kms-emulator - Alibaba Cloud KMS and an ECS metadata service on this host, for trying and testing kms-agent.
-Keeps secrets in memory, checks signatures like the real one. Never for production.
+kms-emulator - Alibaba Cloud KMS, STS and an ECS metadata service on this host, for trying and testing
+kms-agent. Keeps secrets in memory, checks signatures like the real one. Never for production.
 
 Usage: kms-emulator [OPTIONS]
 
 Services
-  --kms-port PORT          KMS over TLS on 127.0.0.1 [default: 0, any free port]
-  --metadata-port PORT     metadata service on 127.0.0.1 [default: 0, any free port]
+  --kms-port PORT          KMS and STS over TLS, on one port [default: 0, any free port]
+  --kms-address IP         address they listen on [default: 127.0.0.1]
+  --metadata-port PORT     metadata service [default: 0, any free port]
+  --metadata-address IP    address it listens on [default: 127.0.0.1]
   --region ID              region id [default: cn-hangzhou]
-  --role NAME              RAM role of the instance [default: EcsRamRoleKms]
-  --access-key ID:SECRET   also accept this long-term access key (repeatable)
   --ca-out FILE            write the CA certificate here and keep it
                            [default: a temporary file, removed at the end]
 
+Who gets in
+  --role NAME              RAM role of the instance [default: EcsRamRoleKms]; an empty name: none
+  --no-role                the instance has no RAM role: 404 for its credentials
+  --aap NAME               application access point that trusts the instance identity (repeatable)
+                           [default: kms-agent]
+  --oidc-token TOKEN       the OIDC token that AssumeRoleWithOIDC accepts for the role KmsAgentOidcRole and
+                           the provider ack-rrsa-emulator [default: emulator-oidc-token]
+  --access-key ID:SECRET   also accept this long-term access key (repeatable)
+  Credentials are at the credentials URI http://<metadata service>/credentials-uri as well.
+
 Secrets
-  --secrets FILE           JSON object: secret name -> text, or
-                           {\"SecretData\": \"..\", \"SecretDataType\": \"text|binary\", \"SecretType\": \"ECS\",
-                            \"ExtendedConfig\": {..}, \"VersionId\": \"..\", \"RotationInterval\": \"604800s\"}
+  --secrets FILE           JSON object: secret name -> text, or an object with
+                           SecretData        the value; base64 if binary; made up for ECS when left out
+                           SecretDataType    text or binary [default: text]
+                           SecretType        Generic, Rds, Redis, RAMCredentials, ECS, PolarDB
+                                             [default: Generic]
+                           ExtendedConfig    what the type wants, as an object or as text
+                           VersionId         [default: made up]
+                           RotationInterval  rotates by schedule, for example 604800s
+                           Description       as DescribeSecret tells it
 
 Trouble
-  --latency MS             KMS thinks this long about every request
+  --latency MS             KMS and STS think this long about every request
   --fail NAME=STATUS:CODE  requests for this secret fail (repeatable),
                            for example --fail db=403:Forbidden.NoPermission
   --throttle QPS           more requests a second get 429 Rejected.Throttling
@@ -56,6 +72,8 @@ pub(crate) enum Command {
 #[derive(Debug, Default)]
 pub(crate) struct Settings {
     pub(crate) options: Options,
+    /// Application access points; those given replace the default one.
+    aaps: Vec<String>,
     /// Secret name, status, code.
     pub(crate) failures: Vec<(String, u16, String)>,
     pub(crate) ca_out: Option<PathBuf>,
@@ -73,6 +91,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command,
                 settings.options.metadata_fault = Some(MetadataFault::Refuse);
                 continue;
             }
+            Long("no-role") => {
+                settings.options.role = None;
+                continue;
+            }
             Long(name) if TAKE_A_VALUE.contains(&name) => name.to_owned(),
             other => return Err(other.unexpected().to_string()),
         };
@@ -80,14 +102,21 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command,
         let value = value.to_str().ok_or_else(|| format!("--{flag}: the value is not UTF-8"))?;
         set(&mut settings, &flag, value).map_err(|why| format!("--{flag} {value}: {why}"))?;
     }
+    if !settings.aaps.is_empty() {
+        settings.options.aaps = std::mem::take(&mut settings.aaps);
+    }
     Ok(Command::Run(Box::new(settings)))
 }
 
-const TAKE_A_VALUE: [&str; 12] = [
+const TAKE_A_VALUE: [&str; 16] = [
     "kms-port",
+    "kms-address",
     "metadata-port",
+    "metadata-address",
     "region",
     "role",
+    "aap",
+    "oidc-token",
     "access-key",
     "ca-out",
     "secrets",
@@ -102,11 +131,17 @@ fn set(settings: &mut Settings, flag: &str, value: &str) -> Result<(), String> {
     let options = &mut settings.options;
     match flag {
         "kms-port" => options.kms_port = number(value, "a port, 0 to 65535")?,
+        "kms-address" => options.kms_address = number(value, "an IP address")?,
+        "metadata-address" => options.metadata_address = number(value, "an IP address")?,
         "metadata-port" => options.metadata_port = number(value, "a port, 0 to 65535")?,
         "region" if !is_label(value) => return Err("expected a region id such as cn-hangzhou".to_owned()),
         "region" => options.region = value.to_owned(),
-        "role" if value.is_empty() || value.contains('/') => return Err("expected a role name".to_owned()),
-        "role" => options.role = Some(value.to_owned()),
+        "role" | "aap" if value.contains('/') => return Err("expected a name without /".to_owned()),
+        "role" => options.role = Some(value.to_owned()).filter(|name| !name.is_empty()),
+        "aap" if value.is_empty() => return Err("expected a name".to_owned()),
+        "aap" => settings.aaps.push(value.to_owned()),
+        "oidc-token" if value.is_empty() => return Err("expected a token".to_owned()),
+        "oidc-token" => options.oidc_token = Some(value.to_owned()),
         "access-key" => {
             let (id, secret) = value.split_once(':').unwrap_or_default();
             if id.is_empty() || secret.is_empty() {
@@ -131,6 +166,7 @@ fn set(settings: &mut Settings, flag: &str, value: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// A number or an address.
 fn number<T: std::str::FromStr>(text: &str, what: &str) -> Result<T, String> {
     text.parse().map_err(|_| format!("expected {what}"))
 }
@@ -227,8 +263,18 @@ mod tests {
             "--metadata-down",
             "--latency",
             "250",
+            "--aap=a",
+            "--aap=b",
+            "--oidc-token=t",
+            "--metadata-address=100.100.100.200",
         ])
         .expect("valid");
+        assert_eq!(s.options.role.as_deref(), Some("r"));
+        assert_eq!(
+            (s.options.aaps, s.options.oidc_token.as_deref()),
+            (vec!["a".into(), "b".into()], Some("t"))
+        );
+        assert_eq!(s.options.metadata_address.to_string(), "100.100.100.200");
         assert_eq!((s.options.kms_port, s.options.clock_offset_s), (7001, -3600));
         assert_eq!(s.options.access_keys, [("AK".to_owned(), "s:x".to_owned())]);
         assert_eq!(s.failures, [("a=b".to_owned(), 404, "Forbidden.ResourceNotFound".to_owned())]);
@@ -239,18 +285,26 @@ mod tests {
     }
 
     #[test]
+    fn an_instance_may_have_no_role() {
+        for args in [&["--no-role"][..], &["--role", ""]] {
+            assert_eq!(run(args).expect("valid").options.role, None);
+        }
+    }
+
+    #[test]
     fn every_flag_of_the_help_is_known_and_the_other_way_round() {
         for flag in TAKE_A_VALUE {
             assert!(HELP.contains(&format!("  --{flag} ")), "--{flag} is not in the help");
         }
         let named = HELP.lines().filter_map(|line| line.strip_prefix("  --")).count();
-        assert_eq!(named, TAKE_A_VALUE.len() + 1);
+        assert_eq!(named, TAKE_A_VALUE.len() + 2);
     }
 
     #[test]
     fn wrong_usage_is_told_in_a_line() {
         for (args, part) in [
             (vec!["--kms-port", "70000"], "--kms-port 70000: expected a port"),
+            (vec!["--kms-address", "here"], "--kms-address here: expected an IP address"),
             (vec!["--fail", "x"], "NAME=STATUS:CODE"),
             (vec!["--nope"], "--nope"),
             (vec!["stray"], "stray"),

@@ -22,11 +22,13 @@ pub struct Counters {
     pub tls_failed: u64,
     /// Requests KMS received, whatever became of them.
     pub kms_requests: u64,
-    /// KMS requests by action.
+    /// Requests STS received on the same port, whatever became of them.
+    pub sts_requests: u64,
+    /// KMS and STS requests by action.
     pub by_action: BTreeMap<String, u64>,
     /// KMS requests by (action, secret as the caller named it).
     pub by_secret: BTreeMap<(String, String), u64>,
-    /// Requests whose signature, timestamp, nonce or credentials KMS refused.
+    /// Requests whose signature, timestamp, nonce or credentials KMS or STS refused.
     pub signature_failures: u64,
     /// Requests refused with `Rejected.Throttling` by the rate limit (not by an injected fault).
     pub throttled: u64,
@@ -44,6 +46,14 @@ pub struct Counters {
     pub metadata_hardened_gets: u64,
     /// Successful reads of STS credentials, by role.
     pub credential_reads: BTreeMap<String, u64>,
+    /// Signed instance identities given out.
+    pub identity_reads: u64,
+    /// Reads of the credentials URI that gave good credentials.
+    pub credentials_uri_reads: u64,
+    /// Instance identities that KMS gave credentials for.
+    pub aap_exchanges: u64,
+    /// OIDC tokens that STS gave credentials for.
+    pub oidc_exchanges: u64,
 }
 
 impl Counters {
@@ -73,6 +83,8 @@ impl Counters {
 pub enum Service {
     /// KMS over TLS.
     Kms,
+    /// STS, on the port of KMS.
+    Sts,
     /// The instance metadata service.
     Metadata,
 }
@@ -87,9 +99,9 @@ pub struct RequestRecord {
     /// When the fate of the request was decided and its reply handed to the connection; `None` while it is
     /// in work, stalled, or given up by the client.
     pub answered: Option<Instant>,
-    /// Number of the connection, counted from 1 over both services.
+    /// Number of the connection, counted from 1 over both ports.
     pub connection: u64,
-    /// KMS: the action. Metadata: method and path.
+    /// KMS and STS: the action. Metadata: method and path.
     pub action: String,
     /// KMS: the secret as the caller named it.
     pub secret: Option<String>,
@@ -97,7 +109,7 @@ pub struct RequestRecord {
     pub access_key_id: Option<String>,
     /// Status of the reply; `None` when there was none (dropped, stalled).
     pub status: Option<u16>,
-    /// KMS error code of the reply.
+    /// KMS or STS error code of the reply.
     pub code: Option<String>,
 }
 

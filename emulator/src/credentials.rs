@@ -1,7 +1,8 @@
-//! Who may sign: long-term access keys, and STS credentials that the metadata service hands out.
+//! Who may sign: long-term access keys, and STS credentials that the metadata service, STS and KMS hand out.
 
+use crate::json::Object;
 use crate::kms::signature::Refusal;
-use crate::random;
+use crate::{clock, random};
 use std::collections::BTreeMap;
 
 /// STS credentials, as the metadata service would give them.
@@ -15,6 +16,22 @@ pub struct StsCredentials {
     pub security_token: String,
     /// End of life in Unix seconds, by the emulator's clock.
     pub expiration: i64,
+}
+
+impl StsCredentials {
+    /// The object that KMS and STS reply with.
+    pub(crate) fn json(&self) -> String {
+        self.fields(Object::default()).end()
+    }
+
+    /// The four fields, after those that are there.
+    pub(crate) fn fields(&self, before: Object) -> Object {
+        before
+            .text("AccessKeyId", &self.access_key_id)
+            .text("AccessKeySecret", &self.access_key_secret)
+            .text("SecurityToken", &self.security_token)
+            .text("Expiration", &clock::iso8601(self.expiration))
+    }
 }
 
 /// How KMS refuses an STS token that has expired; the real one is known to do either.
@@ -57,6 +74,11 @@ impl Credentials {
     }
 
     pub(crate) fn issue(&mut self, now: i64) -> StsCredentials {
+        self.issue_for(now, self.lifetime_s)
+    }
+
+    /// Credentials with a life of their own, never longer than the usual one.
+    pub(crate) fn issue_for(&mut self, now: i64, seconds: i64) -> StsCredentials {
         // Tokens that died a day ago are forgotten, so that a long run does not grow.
         self.sts.retain(|_, known| known.expiration + 86_400 > now);
         let credentials = StsCredentials {
@@ -64,7 +86,7 @@ impl Credentials {
             access_key_secret: random::alphanumeric(44),
             // Real tokens are base64: `+`, `/` and `=` are there to be mishandled.
             security_token: format!("CAIS+/{}==", random::alphanumeric(120)),
-            expiration: now + self.lifetime_s,
+            expiration: now + seconds.min(self.lifetime_s),
         };
         self.sts.insert(credentials.access_key_id.clone(), credentials.clone());
         credentials

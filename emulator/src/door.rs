@@ -1,7 +1,7 @@
 //! A listening port that can be shut and opened again under the same number.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 
@@ -28,9 +28,11 @@ enum DoorState {
 }
 
 impl Door {
-    /// Listens on 127.0.0.1; port 0: any free one.
-    pub(crate) fn open(port: u16) -> io::Result<Door> {
-        let listener = bound(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?.listen(BACKLOG)?;
+    /// Listens; port 0: any free one. `service` is for the error's text.
+    pub(crate) fn open(service: &str, addr: SocketAddr) -> io::Result<Door> {
+        let listener = bound(addr).and_then(|socket| socket.listen(BACKLOG)).map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot listen on {addr} for {service}: {error}"))
+        })?;
         Ok(Door { addr: listener.local_addr()?, state: DoorState::Open(listener) })
     }
 
@@ -74,7 +76,7 @@ impl Door {
             (DoorState::Shut { .. }, true) => DoorState::Open(bound(self.addr)?.listen(BACKLOG)?),
             (DoorState::Open(_), false) => {
                 // A socket cannot be bound beside a listening one, so the listener has to go first.
-                self.state = DoorState::Shut { _holder: TcpSocket::new_v4()? };
+                self.state = DoorState::Shut { _holder: socket_for(self.addr)? };
                 DoorState::Shut { _holder: bound(self.addr)? }
             }
         };
@@ -83,8 +85,12 @@ impl Door {
     }
 }
 
+fn socket_for(addr: SocketAddr) -> io::Result<TcpSocket> {
+    if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
+}
+
 fn bound(addr: SocketAddr) -> io::Result<TcpSocket> {
-    let socket = TcpSocket::new_v4()?;
+    let socket = socket_for(addr)?;
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     Ok(socket)

@@ -4,15 +4,20 @@ use crate::clock::Clock;
 use crate::counters::{Counters, RequestLog, RequestRecord};
 use crate::credentials::{Credentials, ExpiredTokenReply, StsCredentials};
 use crate::door::{Door, DoorCommand};
-use crate::faults::{Fault, FaultId, FaultKind, Faults, KmsMode, MetadataFault, MetadataMode, Throttle};
+use crate::faults::{
+    CredentialsUriFault, Fault, FaultId, FaultKind, Faults, IdentityFault, KmsMode, MetadataFault,
+    MetadataMode, Throttle,
+};
+use crate::identity::Identities;
 use crate::kms::error::KmsError;
 use crate::kms::secrets::{NewSecret, Secret, Store};
 use crate::state::{Guard, Limiter, Nonces, Shared, State};
+use crate::sts::Oidc;
 use crate::tls::Certificates;
 use crate::{kms, metadata, random, rsa_key};
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -21,9 +26,13 @@ use tokio::sync::{mpsc, oneshot};
 /// How an emulator starts. Everything but ports, region and account can be changed later.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Port of KMS on 127.0.0.1; 0: any free one.
+    /// Address that KMS and STS listen on.
+    pub kms_address: IpAddr,
+    /// Port of KMS and STS; 0: any free one.
     pub kms_port: u16,
-    /// Port of the metadata service on 127.0.0.1; 0: any free one.
+    /// Address that the metadata service listens on.
+    pub metadata_address: IpAddr,
+    /// Port of the metadata service; 0: any free one.
     pub metadata_port: u16,
     /// Region id: in ARNs, in the metadata and in the certificate's names.
     pub region: String,
@@ -31,6 +40,14 @@ pub struct Options {
     pub account: String,
     /// Role attached to the instance; `None`: the metadata service knows no role (404).
     pub role: Option<String>,
+    /// Names of application access points that trust this instance.
+    pub aaps: Vec<String>,
+    /// Name of the RAM role that an OIDC token may assume.
+    pub oidc_role: String,
+    /// Name of the OIDC provider that this role trusts.
+    pub oidc_provider: String,
+    /// The OIDC token that STS accepts; `None`: none is.
+    pub oidc_token: Option<String>,
     /// Whether the metadata service insists on session tokens.
     pub metadata_mode: MetadataMode,
     /// How the metadata service fails from the start.
@@ -50,14 +67,21 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// Free ports, `cn-hangzhou`, the role `EcsRamRoleKms`, no secrets, nothing failing.
+    /// Free ports on 127.0.0.1, `cn-hangzhou`, the role `EcsRamRoleKms`, the application access point
+    /// `kms-agent`, the OIDC token `emulator-oidc-token`, no secrets, nothing failing.
     fn default() -> Options {
         Options {
+            kms_address: Ipv4Addr::LOCALHOST.into(),
             kms_port: 0,
+            metadata_address: Ipv4Addr::LOCALHOST.into(),
             metadata_port: 0,
             region: "cn-hangzhou".to_owned(),
             account: "1234567890123456".to_owned(),
             role: Some("EcsRamRoleKms".to_owned()),
+            aaps: vec!["kms-agent".to_owned()],
+            oidc_role: "KmsAgentOidcRole".to_owned(),
+            oidc_provider: "ack-rrsa-emulator".to_owned(),
+            oidc_token: Some("emulator-oidc-token".to_owned()),
             metadata_mode: MetadataMode::Normal,
             metadata_fault: None,
             secrets: Vec::new(),
@@ -76,6 +100,7 @@ pub struct Emulator {
     kms_addr: SocketAddr,
     metadata_addr: SocketAddr,
     ca_pem: String,
+    identity_ca_pem: String,
     kms_door: mpsc::UnboundedSender<DoorCommand>,
     metadata_door: mpsc::UnboundedSender<DoorCommand>,
     stop: Option<oneshot::Sender<()>>,
@@ -89,11 +114,14 @@ impl Emulator {
     /// A port that is taken, a secret that KMS would refuse (two of one name, data too large), a region that
     /// is no host name.
     pub fn start(options: Options) -> io::Result<Emulator> {
-        let certificates = Certificates::generate(&options.region)?;
+        let certificates = Certificates::generate(&options.region, options.kms_address)?;
         let ca_pem = certificates.ca_pem.clone();
-        let (kms_port, metadata_port) = (options.kms_port, options.metadata_port);
+        let kms_addr = SocketAddr::from((options.kms_address, options.kms_port));
+        let metadata_addr = SocketAddr::from((options.metadata_address, options.metadata_port));
         let refuse_metadata = options.metadata_fault == Some(MetadataFault::Refuse);
-        let shared = Arc::new(Shared::new(initial_state(options).map_err(io::Error::other)?));
+        let identities = Identities::generate()?;
+        let identity_ca_pem = identities.ca_pem().to_owned();
+        let shared = Arc::new(Shared::new(initial_state(options, identities).map_err(io::Error::other)?));
         let (kms_door, kms_commands) = mpsc::unbounded_channel();
         let (metadata_door, metadata_commands) = mpsc::unbounded_channel();
         let (stop, stopped) = oneshot::channel();
@@ -114,7 +142,8 @@ impl Emulator {
                 }
             };
             runtime.block_on(async {
-                let doors = Door::open(kms_port).and_then(|kms| Ok((kms, Door::open(metadata_port)?)));
+                let doors = Door::open("KMS", kms_addr)
+                    .and_then(|kms| Ok((kms, Door::open("the metadata service", metadata_addr)?)));
                 match doors {
                     Ok((kms, metadata)) => {
                         let _ = ready.send(Ok((kms.addr(), metadata.addr())));
@@ -133,15 +162,24 @@ impl Emulator {
         let started = started.recv().unwrap_or_else(|_| Err(io::Error::other("the emulator's thread ended")));
         let (kms_addr, metadata_addr) = started?;
         let (stop, thread) = (Some(stop), Some(thread));
-        let emulator =
-            Emulator { shared, kms_addr, metadata_addr, ca_pem, kms_door, metadata_door, stop, thread };
+        let emulator = Emulator {
+            shared,
+            kms_addr,
+            metadata_addr,
+            ca_pem,
+            identity_ca_pem,
+            kms_door,
+            metadata_door,
+            stop,
+            thread,
+        };
         if refuse_metadata {
             set_door(&emulator.metadata_door, false)?;
         }
         Ok(emulator)
     }
 
-    /// Where KMS listens: 127.0.0.1 and a port, TLS.
+    /// Where KMS and STS listen, TLS.
     pub fn kms_addr(&self) -> SocketAddr {
         self.kms_addr
     }
@@ -156,15 +194,21 @@ impl Emulator {
         self.metadata_addr
     }
 
-    /// `http://127.0.0.1:port`, for the agent's `MetadataEndpoint`.
+    /// `http://<address>:<port>`, for the agent's `MetadataEndpoint`.
     pub fn metadata_url(&self) -> String {
         format!("http://{}", self.metadata_addr)
     }
 
     /// PEM of the CA that issued the server certificate, for the agent's `CaFile`. The certificate holds for
-    /// 127.0.0.1, ::1, localhost, `kms[-vpc].<region>.aliyuncs.com` and `*.cryptoservice.kms.aliyuncs.com`.
+    /// 127.0.0.1, ::1, localhost, the address KMS listens on, `kms[-vpc].<region>.aliyuncs.com`,
+    /// `*.cryptoservice.kms.aliyuncs.com`, `sts.aliyuncs.com` and `sts[-vpc].<region>.aliyuncs.com`.
     pub fn ca_pem(&self) -> &str {
         &self.ca_pem
+    }
+
+    /// PEM of the other CA: the one that issued the certificate which signs instance identities.
+    pub fn identity_ca_pem(&self) -> &str {
+        &self.identity_ca_pem
     }
 
     // Watching.
@@ -179,7 +223,7 @@ impl Emulator {
         self.shared.wait_for(timeout, met)
     }
 
-    /// The last requests of both services, oldest first, at most [`RECORDS_MAX`](crate::RECORDS_MAX).
+    /// The last requests of all services, oldest first, at most [`RECORDS_MAX`](crate::RECORDS_MAX).
     pub fn requests(&self) -> Vec<RequestRecord> {
         self.shared.lock().log.snapshot()
     }
@@ -459,7 +503,64 @@ impl Emulator {
         self.shared.lock().credentials.expired_reply = reply;
     }
 
+    /// ARN of the application access point of this name, whether it exists or not.
+    pub fn aap_arn(&self, name: &str) -> String {
+        let state = self.shared.lock();
+        kms::aap::arn(&state.region, &state.account, name)
+    }
+
+    /// Creates an application access point.
+    pub fn add_aap(&self, name: &str) {
+        self.shared.lock().aaps.insert(name.to_owned());
+    }
+
+    /// Deletes an application access point: 404 `Forbidden.AAPNotFound` from now on.
+    pub fn remove_aap(&self, name: &str) {
+        self.shared.lock().aaps.remove(name);
+    }
+
+    /// ARN of the role that an OIDC token may assume.
+    pub fn oidc_role_arn(&self) -> String {
+        let state = self.shared.lock();
+        state.oidc.role_arn(&state.account)
+    }
+
+    /// ARN of the OIDC provider that this role trusts.
+    pub fn oidc_provider_arn(&self) -> String {
+        let state = self.shared.lock();
+        state.oidc.provider_arn(&state.account)
+    }
+
+    /// The one OIDC token that STS accepts from now on; the former one has expired
+    /// (`AuthenticationFail.OIDCToken.Expired`), any other is `AuthenticationFail.OIDCToken.Invalid`.
+    pub fn set_oidc_token(&self, token: Option<&str>) {
+        self.shared.lock().oidc.set_token(token);
+    }
+
+    /// For `ALIBABA_CLOUD_CREDENTIALS_URI`: on the metadata port, and down with it.
+    pub fn credentials_uri(&self) -> String {
+        self.metadata_url() + metadata::CREDENTIALS_URI
+    }
+
+    /// How the credentials URI fails; `None`: it works.
+    pub fn set_credentials_uri_fault(&self, fault: Option<CredentialsUriFault>) {
+        self.shared.lock().credentials_uri_fault = fault;
+    }
+
     // Metadata.
+
+    /// A signed instance identity as the metadata service gives it: base64 of PKCS#7.
+    ///
+    /// # Errors
+    /// The signature could not be made.
+    pub fn instance_identity(&self, audience: Option<&str>) -> io::Result<String> {
+        metadata::signed_identity(&mut self.shared.lock(), audience)
+    }
+
+    /// What is wrong with signed instance identities from now on; `None`: nothing.
+    pub fn set_identity_fault(&self, fault: Option<IdentityFault>) {
+        self.shared.lock().identity_fault = fault;
+    }
 
     /// Whether the metadata service insists on session tokens.
     pub fn set_metadata_mode(&self, mode: MetadataMode) {
@@ -516,7 +617,7 @@ fn set_door(door: &mpsc::UnboundedSender<DoorCommand>, open: bool) -> io::Result
     outcome.recv().unwrap_or_else(|_| Err(gone()))
 }
 
-fn initial_state(options: Options) -> Result<State, KmsError> {
+fn initial_state(options: Options, identities: Identities) -> Result<State, KmsError> {
     let clock = Clock { offset_s: options.clock_offset_s, advanced_s: 0 };
     let mut store = Store::new(&options.region, &options.account);
     for secret in options.secrets {
@@ -542,6 +643,11 @@ fn initial_state(options: Options) -> Result<State, KmsError> {
         region: options.region,
         account: options.account,
         connections: 0,
+        identities,
+        identity_fault: None,
+        aaps: options.aaps.into_iter().collect(),
+        oidc: Oidc::new(options.oidc_role, options.oidc_provider, options.oidc_token),
+        credentials_uri_fault: None,
     })
 }
 

@@ -101,16 +101,18 @@ impl FaultKind {
 pub struct Fault {
     /// What happens.
     pub kind: FaultKind,
-    /// Only requests for this secret, by name or by the ARN that ends in it; `None`: every KMS request.
+    /// Only requests for this secret, by name or by the ARN that ends in it; `None`: every KMS and STS request.
     pub secret: Option<String>,
+    /// Only requests for this action, for example `AssumeRoleWithOIDC`; `None`: any.
+    pub action: Option<String>,
     /// Only the next so many matching requests; `None`: until it is cleared.
     pub times: Option<u64>,
 }
 
 impl Fault {
-    /// `kind` for every KMS request until cleared.
+    /// `kind` for every KMS and STS request until cleared.
     pub fn new(kind: FaultKind) -> Fault {
-        Fault { kind, secret: None, times: None }
+        Fault { kind, secret: None, action: None, times: None }
     }
 
     /// A KMS error reply.
@@ -146,6 +148,12 @@ impl Fault {
     #[must_use]
     pub fn for_secret(self, name: &str) -> Fault {
         Fault { secret: Some(name.to_owned()), ..self }
+    }
+
+    /// Only for this action.
+    #[must_use]
+    pub fn for_action(self, action: &str) -> Fault {
+        Fault { action: Some(action.to_owned()), ..self }
     }
 
     /// Only for the next `times` requests that match.
@@ -228,11 +236,15 @@ impl Faults {
         self.armed.retain(|a| !done(a));
     }
 
-    /// Takes what applies to a request for `secret`: all delays up to the first fault that ends it.
-    pub(crate) fn take(&mut self, secret: Option<&str>) -> Verdict {
+    /// Takes what applies to a request: all delays up to the first fault that ends it.
+    pub(crate) fn take(&mut self, action: &str, secret: Option<&str>) -> Verdict {
         let mut verdict = Verdict::default();
         for armed in &mut self.armed {
-            if armed.fault.times == Some(0) || !matches(armed.fault.secret.as_deref(), secret) {
+            let fault = &armed.fault;
+            if fault.times == Some(0)
+                || fault.action.as_deref().is_some_and(|wanted| wanted != action)
+                || !matches(fault.secret.as_deref(), secret)
+            {
                 continue;
             }
             armed.hits += 1;
@@ -323,6 +335,42 @@ pub enum MetadataFault {
     NotSuccess,
 }
 
+/// What is wrong with the signed instance identity that the metadata service gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum IdentityFault {
+    /// There is none: 404, for the plain document too.
+    NotFound,
+    /// 200 and text that is no base64.
+    NotBase64,
+    /// Signed under another CA that calls itself the same.
+    OtherCa,
+    /// The document was changed after it was signed.
+    Tampered,
+    /// Truly signed, of an instance of another account.
+    OtherAccount,
+    /// The parameter `audience` is ignored.
+    NoAudience,
+    /// The identity of the last request once more.
+    Repeated,
+}
+
+/// How the credentials URI fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CredentialsUriFault {
+    /// 404.
+    NotFound,
+    /// 500.
+    Status500,
+    /// 200 with a `Code` other than `Success`.
+    NotSuccess,
+    /// Credentials whose life is over.
+    Expired,
+    /// 200 and JSON that breaks off.
+    Malformed,
+}
+
 /// The rate limit on KMS requests that passed the signature check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Throttle {
@@ -352,17 +400,21 @@ mod tests {
         let once = faults.inject(Fault::error(500, "InternalFailure").for_secret("a").times(1));
         let rest = faults.inject(Fault::new(FaultKind::Stall).for_secret("a"));
 
-        let other = faults.take(Some("b"));
+        let other = faults.take("GetSecretValue", Some("b"));
         assert_eq!((other.delay, other.fate), (Duration::from_secs(1), None));
-        let first = faults.take(Some("acs:kms:cn-hangzhou:1:secret/a"));
+        let first = faults.take("GetSecretValue", Some("acs:kms:cn-hangzhou:1:secret/a"));
         assert!(matches!(first.fate, Some(FaultKind::Error { status: 500, .. })));
-        assert_eq!(faults.take(Some("a")).fate, Some(FaultKind::Stall));
+        assert_eq!(faults.take("GetSecretValue", Some("a")).fate, Some(FaultKind::Stall));
         assert_eq!((faults.hits(slow), faults.hits(once), faults.hits(rest)), (3, 1, 1));
 
         faults.clear_for("a");
-        assert_eq!(faults.take(Some("a")).fate, None);
+        assert_eq!(faults.take("GetSecretValue", Some("a")).fate, None);
         faults.clear_all();
-        assert_eq!(faults.take(None).delay, Duration::ZERO);
+        assert_eq!(faults.take("GetSecretValue", None).delay, Duration::ZERO);
         assert_eq!(faults.hits(slow), 4);
+
+        faults.inject(Fault::new(FaultKind::Reset).for_action("CreateSecret"));
+        assert_eq!(faults.take("GetSecretValue", None).fate, None);
+        assert_eq!(faults.take("CreateSecret", None).fate, Some(FaultKind::Reset));
     }
 }

@@ -1,4 +1,4 @@
-//! A KMS and an ECS instance metadata service on loopback, for tests, the quickstart and people by hand.
+//! A KMS, an STS and an ECS instance metadata service on loopback, for tests, the quickstart and people by hand.
 //! Never for production: it keeps secrets in memory in clear and trusts everybody on this host.
 //!
 //! ```
@@ -15,8 +15,9 @@
 //! work at run time through `&self`. It shares no code with the agent, so that errors cannot cancel out.
 //!
 //! From the bottom up: `clock`, `random`, `json`, `rsa_key` (values), `faults`, `counters` (what tests set
-//! and read), `tls`, `http`, `door` (transport), `credentials`, `kms::{signature, secrets, actions}`,
-//! `state` (all of it behind one lock), `kms`, `metadata` (the two services), and [`Emulator`].
+//! and read), `tls`, `http`, `door` (transport), `credentials`, `identity` (who may sign, and as whom),
+//! `kms::{signature, secrets, actions}`, `state` (all of it behind one lock), `sts`, `kms::aap`, `kms`,
+//! `metadata` (the services), and [`Emulator`].
 
 mod clock;
 mod counters;
@@ -25,20 +26,22 @@ mod door;
 mod emulator;
 mod faults;
 mod http;
+mod identity;
 mod json;
 mod kms;
 mod metadata;
 mod random;
 mod rsa_key;
 mod state;
+mod sts;
 mod tls;
 
 pub use counters::{Counters, RECORDS_MAX, RequestRecord, Service};
 pub use credentials::{ExpiredTokenReply, StsCredentials};
 pub use emulator::{Emulator, Options};
 pub use faults::{
-    BadCertificate, Fault, FaultId, FaultKind, Framing, KmsMode, MetadataFault, MetadataMode, RawReply,
-    Throttle,
+    BadCertificate, CredentialsUriFault, Fault, FaultId, FaultKind, Framing, IdentityFault, KmsMode,
+    MetadataFault, MetadataMode, RawReply, Throttle,
 };
 pub use kms::error::KmsError;
 pub use kms::secrets::{NewSecret, SECRET_DATA_BYTES_MAX, Schedule, Secret, SecretType, Version};

@@ -36,12 +36,14 @@ fn run(settings: cli::Settings) -> io::Result<()> {
     let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
 
     let (region, secrets) = (settings.options.region.clone(), secret_names(&settings));
+    let aaps = settings.options.aaps.clone();
     let emulator = Emulator::start(settings.options)?;
     for (name, status, code) in &settings.failures {
         emulator.inject(Fault::error(*status, code).for_secret(name));
     }
     let ca = CaFile::write(settings.ca_out.as_deref(), emulator.ca_pem())?;
-    announce(&emulator, &region, &secrets, ca.path())?;
+    let aaps: Vec<String> = aaps.iter().map(|name| emulator.aap_arn(name)).collect();
+    announce(&emulator, &region, &secrets, &aaps.join(", "), ca.path())?;
     runtime.block_on(either_signal(interrupt, terminate));
     Ok(())
 }
@@ -59,13 +61,14 @@ fn secret_names(settings: &cli::Settings) -> String {
     if names.is_empty() { "none (--secrets FILE gives it some)".to_owned() } else { names.join(", ") }
 }
 
-fn announce(emulator: &Emulator, region: &str, secrets: &str, ca: &Path) -> io::Result<()> {
+fn announce(emulator: &Emulator, region: &str, secrets: &str, aaps: &str, ca: &Path) -> io::Result<()> {
     let (kms, metadata, ca) = (emulator.kms_addr(), emulator.metadata_url(), ca.display());
     let mut out = io::stdout().lock();
     writeln!(
         out,
-        "KMS            https://{kms}\n\
+        "KMS, STS       https://{kms}\n\
          Metadata       {metadata}\n\
+         AapArn         {aaps}\n\
          CA             {ca}\n\
          Secrets        {secrets}\n\
          \n\

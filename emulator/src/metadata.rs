@@ -1,11 +1,14 @@
 //! The instance metadata service (`100.100.100.200` on a real host).
 
 use crate::counters::{RequestRecord, Service};
-use crate::faults::{MetadataFault, MetadataMode};
+use crate::faults::{CredentialsUriFault, IdentityFault, MetadataFault, MetadataMode};
 use crate::http::{self, Outcome, Received, Reply, Stream};
+use crate::identity::Signing;
 use crate::json::Object;
+use crate::kms::signature;
 use crate::state::{Shared, State};
 use crate::{clock, race, random};
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::net::TcpStream;
@@ -15,6 +18,10 @@ const TOKEN_HEADER: &str = "x-aliyun-ecs-metadata-token";
 /// Session tokens live 1 second to 6 hours.
 const TTL_S: std::ops::RangeInclusive<i64> = 1..=21_600;
 const ROLES: &str = "/latest/meta-data/ram/security-credentials";
+const IDENTITY: &str = "/latest/dynamic/instance-identity/";
+/// What `ALIBABA_CLOUD_CREDENTIALS_URI` points to. Not part of the metadata service: it lives here so that a
+/// test needs no third port, and knows no session tokens.
+pub(crate) const CREDENTIALS_URI: &str = "/credentials-uri";
 /// What a page of the wrong kind of server may look like.
 const GARBAGE: &[u8] = b"\x00\xff\xfe<html>it works{{{\"Code\":";
 
@@ -78,6 +85,9 @@ fn reply(state: &mut State, received: &Received) -> Reply {
         }
         _ => {}
     }
+    if received.path == CREDENTIALS_URI {
+        return credentials_uri(state, now);
+    }
     match received.header(TOKEN_HEADER) {
         None => {
             state.counters.metadata_plain_gets += 1;
@@ -92,7 +102,7 @@ fn reply(state: &mut State, received: &Received) -> Reply {
             state.counters.metadata_hardened_gets += 1;
         }
     }
-    get(state, &received.path, now)
+    get(state, received, now)
 }
 
 fn new_token(state: &mut State, received: &Received, now: i64) -> Reply {
@@ -110,12 +120,29 @@ fn new_token(state: &mut State, received: &Received, now: i64) -> Reply {
     Reply::new(200, "text/plain", token).with_header(TTL_HEADER, &ttl.to_string())
 }
 
-fn get(state: &mut State, path: &str, now: i64) -> Reply {
+fn get(state: &mut State, received: &Received, now: i64) -> Reply {
+    let path = received.path.as_str();
     let text = |value: &str| Reply::new(200, "text/plain", value);
     if let Some(rest) = path.strip_prefix(ROLES) {
         return match (rest.trim_start_matches('/'), state.role.clone()) {
             ("", Some(role)) => text(&role),
             (asked, Some(role)) if asked == role => credentials(state, &role, now),
+            _ => failure(404, "Not Found"),
+        };
+    }
+    if let Some(form) = path.strip_prefix(IDENTITY) {
+        return match form {
+            _ if state.identity_fault == Some(IdentityFault::NotFound) => failure(404, "Not Found"),
+            "document" => text(&document(state, None)),
+            "pkcs7" => {
+                let pairs = signature::decode_pairs(&received.query);
+                let audience = pairs.iter().find(|(name, _)| name == b"audience");
+                let audience = audience.map(|(_, value)| String::from_utf8_lossy(value).into_owned());
+                match signed_identity(state, audience.as_deref()) {
+                    Ok(identity) => text(&identity),
+                    Err(_) => failure(500, "Internal Server Error"),
+                }
+            }
             _ => failure(404, "Not Found"),
         };
     }
@@ -125,30 +152,81 @@ fn get(state: &mut State, path: &str, now: i64) -> Reply {
         "/latest/meta-data/instance-id" => text(INSTANCE_ID),
         "/latest/meta-data/owner-account-id" => text(&state.account),
         "/latest/meta-data/private-ipv4" => text(PRIVATE_IPV4),
-        "/latest/dynamic/instance-identity/document" => Reply::new(200, "text/plain", document(state)),
         _ => failure(404, "Not Found"),
     }
 }
 
-const INSTANCE_ID: &str = "i-bp1emulator0000000000";
+/// The one instance there is.
+pub(crate) const INSTANCE_ID: &str = "i-bp1emulator0000000000";
 const PRIVATE_IPV4: &str = "192.168.1.10";
 
 fn zone(state: &State) -> String {
     format!("{}-h", state.region)
 }
 
-fn document(state: &State) -> String {
+/// The instance's document, with `audience` as its last field.
+fn document(state: &State, audience: Option<&str>) -> String {
+    let account = match state.identity_fault {
+        Some(IdentityFault::OtherAccount) => "9999999999999999",
+        _ => &state.account,
+    };
     Object::default()
         .text("zone-id", &zone(state))
         .text("instance-id", INSTANCE_ID)
         .text("region-id", &state.region)
-        .text("owner-account-id", &state.account)
+        .text("owner-account-id", account)
         .text("private-ipv4", PRIVATE_IPV4)
         .text("image-id", "aliyun_3_x64_20G_alibase_20250117.vhd")
         .text("instance-type", "ecs.g7.large")
         .text("mac", "00:16:3e:00:00:01")
         .text("serial-number", "00000000-0000-4000-8000-000000000001")
+        .maybe("audience", audience)
         .end()
+}
+
+/// The signed document in base64, or what the fault in force makes of it.
+pub(crate) fn signed_identity(state: &mut State, audience: Option<&str>) -> io::Result<String> {
+    let fault = state.identity_fault;
+    let document = document(state, audience.filter(|_| fault != Some(IdentityFault::NoAudience)));
+    state.counters.identity_reads += 1;
+    let signing = match fault {
+        Some(IdentityFault::NotBase64) => return Ok("<html>no identity today</html>".to_owned()),
+        Some(IdentityFault::Repeated) => {
+            if let Some(last) = &state.identities.last {
+                return Ok(last.clone());
+            }
+            Signing::Honest
+        }
+        Some(IdentityFault::OtherCa) => Signing::OtherCa,
+        Some(IdentityFault::Tampered) => Signing::Tampered,
+        _ => Signing::Honest,
+    };
+    state.identities.issue(&document, signing)
+}
+
+fn credentials_uri(state: &mut State, now: i64) -> Reply {
+    let json = |body: String| Reply::new(200, "application/json", body);
+    let fault = state.credentials_uri_fault;
+    match fault {
+        Some(CredentialsUriFault::NotFound) => return failure(404, "Not Found"),
+        Some(CredentialsUriFault::Status500) => return failure(500, "Internal Server Error"),
+        Some(CredentialsUriFault::NotSuccess) => {
+            return json(Object::default().text("Code", "Failed").text("Message", "No credentials.").end());
+        }
+        Some(CredentialsUriFault::Expired | CredentialsUriFault::Malformed) | None => {}
+    }
+    // A role of its own, by a name that no role can have.
+    let mut issued = state.credentials.for_role(CREDENTIALS_URI, now);
+    if fault == Some(CredentialsUriFault::Expired) {
+        issued.expiration = now - 60;
+    }
+    let mut body = issued.fields(Object::default().text("Code", "Success")).end();
+    match fault {
+        Some(CredentialsUriFault::Malformed) => body.truncate(body.len() / 2),
+        None => state.counters.credentials_uri_reads += 1,
+        Some(_) => {}
+    }
+    json(body)
 }
 
 fn credentials(state: &mut State, role: &str, now: i64) -> Reply {

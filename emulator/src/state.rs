@@ -3,8 +3,12 @@
 use crate::clock::Clock;
 use crate::counters::{Counters, RequestLog};
 use crate::credentials::Credentials;
-use crate::faults::{Faults, KmsMode, MetadataFault, MetadataMode, Throttle};
+use crate::faults::{
+    CredentialsUriFault, Faults, IdentityFault, KmsMode, MetadataFault, MetadataMode, Throttle,
+};
+use crate::identity::Identities;
 use crate::kms::secrets::Store;
+use crate::sts::Oidc;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -36,6 +40,12 @@ pub(crate) struct State {
     pub(crate) region: String,
     pub(crate) account: String,
     pub(crate) connections: u64,
+    pub(crate) identities: Identities,
+    pub(crate) identity_fault: Option<IdentityFault>,
+    /// Names of the application access points.
+    pub(crate) aaps: BTreeSet<String>,
+    pub(crate) oidc: Oidc,
+    pub(crate) credentials_uri_fault: Option<CredentialsUriFault>,
 }
 
 impl State {
@@ -46,7 +56,7 @@ impl State {
         now
     }
 
-    /// Numbers the connections of both services.
+    /// Numbers the connections of both ports.
     pub(crate) fn next_connection(&mut self) -> u64 {
         self.connections += 1;
         self.connections
@@ -66,7 +76,7 @@ impl State {
     }
 }
 
-/// Nonces of requests that verified.
+/// Nonces of requests that verified, and of those that need no signature.
 #[derive(Debug, Default)]
 pub(crate) struct Nonces {
     seen: BTreeSet<(String, String)>,
@@ -74,7 +84,7 @@ pub(crate) struct Nonces {
 }
 
 impl Nonces {
-    /// False when this access key used the nonce before.
+    /// False when this access key (empty: nobody's) used the nonce before.
     pub(crate) fn fresh(&mut self, access_key_id: &str, nonce: &str) -> bool {
         while let Some((at, oldest)) = self.by_age.front() {
             if at.elapsed() < NONCE_LIFE {

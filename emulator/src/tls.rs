@@ -4,6 +4,7 @@ use crate::faults::BadCertificate;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use time::{Duration, OffsetDateTime};
 use tokio_rustls::rustls::ServerConfig;
@@ -22,15 +23,22 @@ pub(crate) struct Certificates {
 type Ca = CertifiedIssuer<'static, KeyPair>;
 
 impl Certificates {
-    pub(crate) fn generate(region: &str) -> io::Result<Certificates> {
-        let names = [
+    /// `address` is where the port listens; clients may use it as the server's name.
+    pub(crate) fn generate(region: &str, address: IpAddr) -> io::Result<Certificates> {
+        let mut names = vec![
             "localhost".to_owned(),
             "127.0.0.1".to_owned(),
             "::1".to_owned(),
             format!("kms.{region}.aliyuncs.com"),
             format!("kms-vpc.{region}.aliyuncs.com"),
             "*.cryptoservice.kms.aliyuncs.com".to_owned(),
+            "sts.aliyuncs.com".to_owned(),
+            format!("sts.{region}.aliyuncs.com"),
+            format!("sts-vpc.{region}.aliyuncs.com"),
         ];
+        if !address.is_loopback() {
+            names.push(address.to_string());
+        }
         let ca = new_ca().map_err(io::Error::other)?;
         let other_ca = new_ca().map_err(io::Error::other)?;
         let wrong_names = ["wrong-name.invalid".to_owned()];
@@ -54,7 +62,12 @@ impl Certificates {
     }
 }
 
-fn valid(params: &mut CertificateParams, days_from_now: i64) {
+/// Good now, whichever way a test moves the client's clock.
+pub(crate) fn valid(params: &mut CertificateParams) {
+    valid_until(params, VALID_DAYS);
+}
+
+fn valid_until(params: &mut CertificateParams, days_from_now: i64) {
     let now = OffsetDateTime::now_utc();
     params.not_before = now - Duration::days(VALID_DAYS);
     params.not_after = now + Duration::days(days_from_now);
@@ -62,7 +75,7 @@ fn valid(params: &mut CertificateParams, days_from_now: i64) {
 
 fn new_ca() -> Result<Ca, rcgen::Error> {
     let mut params = CertificateParams::new(Vec::new())?;
-    valid(&mut params, VALID_DAYS);
+    valid(&mut params);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.distinguished_name.push(DnType::CommonName, "kms-emulator root (not for production)");
@@ -85,7 +98,7 @@ fn server_certificate(
     days_from_now: i64,
 ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), rcgen::Error> {
     let mut params = CertificateParams::new(names)?;
-    valid(&mut params, days_from_now);
+    valid_until(&mut params, days_from_now);
     params.distinguished_name.push(DnType::CommonName, "kms-emulator");
     params.use_authority_key_identifier_extension = true;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

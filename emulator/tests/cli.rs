@@ -36,3 +36,17 @@ fn sigterm_ends_it_and_takes_its_ca_file_along() {
     assert_eq!(child.wait().expect("it ends").code(), Some(0));
     assert!(!std::path::Path::new(&ca).exists());
 }
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("its address");
+    for (flag, service) in [("--kms-port", "KMS"), ("--metadata-port", "the metadata service")] {
+        let out = emulator().args([flag, &address.port().to_string()]).output().expect("runs");
+        assert_eq!(out.status.code(), Some(1));
+        let told = String::from_utf8_lossy(&out.stderr).into_owned();
+        let expected =
+            format!("kms-emulator: cannot listen on {address} for {service}: Address already in use");
+        assert!(told.starts_with(&expected), "{told}");
+    }
+}

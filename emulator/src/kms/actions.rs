@@ -29,7 +29,7 @@ impl Params {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
-    fn need(&self, name: &str) -> Result<&str, KmsError> {
+    pub(crate) fn need(&self, name: &str) -> Result<&str, KmsError> {
         self.get(name).ok_or_else(|| KmsError::missing(name))
     }
 

@@ -1,5 +1,7 @@
-//! KMS: a connection from accept to close, a request from arrival to reply.
+//! KMS: a connection from accept to close, a request from arrival to reply. STS shares the port and all of
+//! this; what is its own is in [`crate::sts`].
 
+pub(crate) mod aap;
 pub(crate) mod actions;
 pub(crate) mod error;
 pub(crate) mod secrets;
@@ -9,9 +11,9 @@ use crate::counters::{RequestRecord, Service};
 use crate::faults::{FaultKind, KmsMode, RawReply};
 use crate::http::{self, Outcome, Received, Reply, Stream, TakeOver};
 use crate::json::Object;
-use crate::state::Shared;
+use crate::state::{Shared, State};
 use crate::tls::Certificates;
-use crate::{clock, race, random, rsa_key};
+use crate::{clock, race, random, rsa_key, sts};
 use actions::Params;
 use error::KmsError;
 use signature::SignedRequest;
@@ -22,7 +24,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::HandshakeKind;
 
-/// The version of the API that every call must name.
+/// The version of the API that every call of KMS must name.
 const API_VERSION: &str = "2016-01-20";
 
 /// Counts a connection as open while it lives.
@@ -97,6 +99,8 @@ async fn serve(
 struct Call {
     shared: Arc<Shared>,
     log_id: u64,
+    service: Service,
+    host: String,
     action: String,
     params: Params,
 }
@@ -108,8 +112,10 @@ async fn answer(shared: Arc<Shared>, connection: u64, stall: bool, received: Rec
     }
     let params = Params::collect(pairs);
     let action = received.header("x-acs-action").or(params.get("Action")).unwrap_or_default().to_owned();
-    let (log_id, latency) = arrived(&shared, connection, &received, &action, &params);
-    let call = Call { shared, log_id, action, params };
+    let host = received.header("host").unwrap_or_default().to_owned();
+    let service = if sts::is_asked(&host, &action) { Service::Sts } else { Service::Kms };
+    let (log_id, latency) = arrived(&shared, service, connection, &received, &action, &params);
+    let call = Call { shared, log_id, service, host, action, params };
 
     if stall {
         std::future::pending::<()>().await;
@@ -136,6 +142,7 @@ async fn pause(duration: Duration) {
 /// Counts and logs a request; gives its log id and the latency to simulate.
 fn arrived(
     shared: &Shared,
+    service: Service,
     connection: u64,
     received: &Received,
     action: &str,
@@ -144,14 +151,17 @@ fn arrived(
     let secret = params.get("SecretName").map(str::to_owned);
     let mut state = shared.lock();
     let counters = &mut state.counters;
-    counters.kms_requests += 1;
+    match service {
+        Service::Sts => counters.sts_requests += 1,
+        _ => counters.kms_requests += 1,
+    }
     *counters.by_action.entry(action.to_owned()).or_default() += 1;
     if let Some(secret) = &secret {
         *counters.by_secret.entry((action.to_owned(), secret.clone())).or_default() += 1;
     }
     let claimed = received.header("authorization").and_then(signature::claimed_access_key_id);
     let log_id = state.log.push(RequestRecord {
-        service: Service::Kms,
+        service,
         arrived: Instant::now(),
         answered: None,
         connection,
@@ -169,6 +179,52 @@ impl Call {
     fn admit(&self, received: &Received) -> Result<crate::faults::Verdict, Reply> {
         let mut guard = self.shared.lock();
         let state = &mut *guard;
+        if let Err(error) = self.authenticate(state, received) {
+            state.counters.signature_failures += 1;
+            return Err(self.refusal(&error));
+        }
+        if received.path != "/" || !matches!(received.method.as_str(), "POST" | "GET") {
+            let error = KmsError::new(404, "InvalidAction.NotFound", "Specified api is not found.");
+            return Err(self.refusal(&error));
+        }
+        if self.service == Service::Kms && received.header("x-acs-version") != Some(API_VERSION) {
+            return Err(self.refusal(&KmsError::invalid("Version")));
+        }
+        if let Some(limiter) = &mut state.limiter
+            && !limiter.admit()
+        {
+            let throttle = limiter.throttle;
+            state.counters.throttled += 1;
+            let mut reply = self.refusal(&KmsError::new(429, "Rejected.Throttling", "QPS Limit Exceeded"));
+            if let Some(seconds) = throttle.retry_after_s {
+                reply = reply.with_header("retry-after", &seconds.to_string());
+            }
+            if let Some(ms) = throttle.acs_retry_after_ms {
+                reply = reply.with_header("x-acs-retry-after", &ms.to_string());
+            }
+            return Err(reply);
+        }
+        let verdict = state.faults.take(&self.action, self.params.get("SecretName"));
+        for name in &verdict.hit {
+            *state.counters.faults.entry(name).or_default() += 1;
+        }
+        Ok(verdict)
+    }
+
+    /// The signature; for an action that has none, what stands in its place.
+    fn authenticate(&self, state: &mut State, received: &Received) -> Result<(), KmsError> {
+        if self.service == Service::Sts {
+            return sts::admit(state, &self.params);
+        }
+        if self.action == aap::ACTION {
+            signature::check_date(received.header("x-acs-date"), state.clock.server())?;
+            let nonce = received.header("x-acs-signature-nonce").filter(|it| !it.is_empty());
+            let nonce = nonce.ok_or_else(|| KmsError::missing("x-acs-signature-nonce"))?;
+            return match state.nonces.fresh("", nonce) {
+                true => Ok(()),
+                false => Err(signature::Refusal::NonceUsed.into()),
+            };
+        }
         let request = SignedRequest {
             method: &received.method,
             path: &received.path,
@@ -178,49 +234,16 @@ impl Call {
         };
         let life = state.clock.life();
         let credentials = &state.credentials;
-        let verified = signature::verify(&request, state.clock.server(), |id, token| {
+        let who = signature::verify(&request, state.clock.server(), |id, token| {
             credentials.secret(id, token, life)
-        })
-        .and_then(|who| match state.nonces.fresh(&who.access_key_id, &who.nonce) {
+        })?;
+        match state.nonces.fresh(&who.access_key_id, &who.nonce) {
             true => Ok(()),
-            false => Err(signature::Refusal::NonceUsed),
-        });
-        if let Err(refusal) = verified {
-            state.counters.signature_failures += 1;
-            return Err(error_reply(&KmsError::from(refusal)));
+            false => Err(signature::Refusal::NonceUsed.into()),
         }
-        if received.path != "/" || !matches!(received.method.as_str(), "POST" | "GET") {
-            return Err(error_reply(&KmsError::new(
-                404,
-                "InvalidAction.NotFound",
-                "Specified api is not found.",
-            )));
-        }
-        if received.header("x-acs-version") != Some(API_VERSION) {
-            return Err(error_reply(&KmsError::invalid("Version")));
-        }
-        if let Some(limiter) = &mut state.limiter
-            && !limiter.admit()
-        {
-            let throttle = limiter.throttle;
-            state.counters.throttled += 1;
-            let mut reply = error_reply(&KmsError::new(429, "Rejected.Throttling", "QPS Limit Exceeded"));
-            if let Some(seconds) = throttle.retry_after_s {
-                reply = reply.with_header("retry-after", &seconds.to_string());
-            }
-            if let Some(ms) = throttle.acs_retry_after_ms {
-                reply = reply.with_header("x-acs-retry-after", &ms.to_string());
-            }
-            return Err(reply);
-        }
-        let verdict = state.faults.take(self.params.get("SecretName"));
-        for name in &verdict.hit {
-            *state.counters.faults.entry(name).or_default() += 1;
-        }
-        Ok(verdict)
     }
 
-    /// What KMS itself says.
+    /// What KMS or STS itself says.
     async fn perform(&self) -> Reply {
         let wants_key_pair = {
             let mut state = self.shared.lock();
@@ -231,16 +254,22 @@ impl Call {
             if wants_key_pair { tokio::task::spawn_blocking(rsa_key::generate).await.ok() } else { None };
         let mut state = self.shared.lock();
         let now = state.tick();
-        match actions::run(&mut state.store, &self.action, &self.params, key_pair, now) {
+        let result = match (self.service, self.action.as_str()) {
+            (Service::Sts, action) => sts::run(&mut state, action, &self.params).map(Object::end),
+            (_, aap::ACTION) => aap::assume(&mut state, &self.params).map(Object::end),
+            (_, action) => actions::run(&mut state.store, action, &self.params, key_pair, now),
+        };
+        drop(state);
+        match result {
             Ok(json) => Reply::new(200, JSON, json),
-            Err(error) => error_reply(&error),
+            Err(error) => self.refusal(&error),
         }
     }
 
     async fn suffer(self, fate: FaultKind) -> Outcome {
         let plan = match fate {
             FaultKind::Error { status, code, message, headers } => {
-                let reply = error_reply(&KmsError { status, code, message });
+                let reply = self.refusal(&KmsError { status, code, message });
                 return self.finish(headers.iter().fold(reply, |reply, (n, v)| reply.with_header(n, v)));
             }
             FaultKind::Reply(raw) => {
@@ -276,6 +305,20 @@ impl Call {
         (reply.render(&RawReply::default()).0, reply.body.len())
     }
 
+    /// An error in the shape of the service that was asked.
+    fn refusal(&self, error: &KmsError) -> Reply {
+        let json = match self.service {
+            Service::Sts => sts::error_json(error, &self.host),
+            _ => Object::default()
+                .number("HttpStatus", u64::from(error.status))
+                .text("Code", &error.code)
+                .text("Message", &error.message)
+                .text("RequestId", &random::uuid())
+                .end(),
+        };
+        Reply::new(error.status, JSON, json)
+    }
+
     fn dated(&self, reply: Reply) -> Reply {
         let now = self.shared.lock().clock.server();
         reply.with_header("date", &clock::http_date(now))
@@ -294,12 +337,3 @@ impl Call {
 }
 
 const JSON: &str = "application/json;charset=utf-8";
-
-fn error_reply(error: &KmsError) -> Reply {
-    let json = Object::default()
-        .number("HttpStatus", u64::from(error.status))
-        .text("Code", &error.code)
-        .text("Message", &error.message)
-        .text("RequestId", &random::uuid());
-    Reply::new(error.status, JSON, json.end())
-}

@@ -126,13 +126,7 @@ pub fn verify(
         .ok_or_else(|| Refusal::Incomplete("Authorization is not in the form of ACS3-HMAC-SHA256".into()))?;
     check_signed_headers(request, &authorization)?;
 
-    let date = request.header("x-acs-date").as_deref().and_then(clock::parse_iso8601);
-    match date.map(|date| date - now) {
-        None => return Err(Refusal::TimestampAhead),
-        Some(ahead) if ahead > CLOCK_SKEW_MAX_S => return Err(Refusal::TimestampAhead),
-        Some(ahead) if ahead < -CLOCK_SKEW_MAX_S => return Err(Refusal::TimestampExpired),
-        Some(_) => {}
-    }
+    check_date(request.header("x-acs-date").as_deref(), now)?;
 
     let claimed = request.header("x-acs-accesskey-id");
     if claimed.is_some_and(|id| id != authorization.access_key_id) {
@@ -151,6 +145,16 @@ pub fn verify(
         access_key_id: authorization.access_key_id.to_owned(),
         nonce: request.header("x-acs-signature-nonce").unwrap_or_default(),
     })
+}
+
+/// A request's timestamp against the server's clock.
+pub(crate) fn check_date(date: Option<&str>, now: i64) -> Result<(), Refusal> {
+    match date.and_then(clock::parse_iso8601).map(|date| date - now) {
+        None => Err(Refusal::TimestampAhead),
+        Some(ahead) if ahead > CLOCK_SKEW_MAX_S => Err(Refusal::TimestampAhead),
+        Some(ahead) if ahead < -CLOCK_SKEW_MAX_S => Err(Refusal::TimestampExpired),
+        Some(_) => Ok(()),
+    }
 }
 
 /// Names that must be signed are; names that are signed exist, in order, once, in lower case.

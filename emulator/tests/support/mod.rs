@@ -173,7 +173,7 @@ pub(crate) fn metadata(addr: SocketAddr, method: &str, path: &str, headers: &str
     read_reply(&mut tcp)
 }
 
-fn unique() -> String {
+pub(crate) fn unique() -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
