@@ -11,7 +11,7 @@
 //! | Floor | Modules | |
 //! |---|---|---|
 //! | 1 | [`time`] [`secret`] [`buf`] [`log`] [`random`] | clocks, wiped bytes, the log |
-//! | 2 | [`config`] [`http`] [`call`] | the configuration; HTTP/1.1 over bytes; what is asked of the network |
+//! | 2 | [`config`] [`http`] [`call`] [`metrics`] | the configuration; HTTP/1.1 over bytes; what is asked of the network; counters |
 //! | 3 | [`kms`] [`identity`] [`cache`] [`token`] | what is said to KMS, as whom, and what is remembered |
 //! | 4 | [`conn`] | connections as state machines over bytes: TLS pump, inbound, outbound |
 //! | 5 | [`broker`] | every decision: gates, lookup, coalescing, retries. Says *what*, never how |
@@ -36,6 +36,7 @@ pub mod http;
 pub mod identity;
 pub mod kms;
 pub mod log;
+pub mod metrics;
 pub mod net;
 pub mod random;
 pub mod secret;

@@ -7,6 +7,7 @@ use crate::config::ResponseType;
 use crate::http::write::{self, Date, Persistence};
 use crate::kms::format::{self, Kv};
 use crate::kms::reply::KmsError;
+use crate::metrics::{self, Outcome};
 use crate::random::Random;
 use crate::time::Mono;
 use serde_json::json;
@@ -44,6 +45,17 @@ impl fmt::Display for XCache {
     }
 }
 
+impl From<XCache> for Outcome {
+    fn from(x_cache: XCache) -> Outcome {
+        match x_cache {
+            XCache::Hit => Outcome::Hit,
+            XCache::Miss => Outcome::Miss,
+            XCache::Refresh => Outcome::Refresh,
+            XCache::Stale => Outcome::Stale,
+        }
+    }
+}
+
 /// Why there is no value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -57,6 +69,8 @@ pub struct Failure {
     pub request_id: String,
     /// `Retry-After`, seconds.
     pub retry_after_s: Option<u64>,
+    /// As what it is counted.
+    pub outcome: Outcome,
     /// A gate refused the request: AWS's agent says that in plain text.
     at_gate: bool,
 }
@@ -71,6 +85,7 @@ impl Failure {
             message: error.message.clone().into(),
             request_id: error.request_id.clone(),
             retry_after_s: None,
+            outcome: Outcome::of_kms_status(error.status),
             at_gate: false,
         }
     }
@@ -110,6 +125,7 @@ impl Failure {
             message: message.into(),
             request_id: String::new(),
             retry_after_s: None,
+            outcome: Outcome::of_code(code).unwrap_or(Outcome::of_kms_status(status)),
             at_gate: false,
         }
     }
@@ -214,9 +230,22 @@ impl Writer {
 
     /// `/ping`.
     pub fn healthy(&self, out: &mut Vec<u8>, to: Manner) {
-        const HEALTHY: &[u8] = b"healthy";
-        write::begin(out, &self.date, 200, "text/plain", HEALTHY.len());
-        to.end(out, HEALTHY);
+        self.document(out, "text/plain", b"healthy", to);
+    }
+
+    /// `/metrics`.
+    pub fn metrics(&self, out: &mut Vec<u8>, text: &str, to: Manner) {
+        self.document(out, metrics::CONTENT_TYPE, text.as_bytes(), to);
+    }
+
+    /// `/status`.
+    pub fn status(&self, out: &mut Vec<u8>, json: &str, to: Manner) {
+        self.document(out, JSON, json.as_bytes(), to);
+    }
+
+    fn document(&self, out: &mut Vec<u8>, content_type: &str, body: &[u8], to: Manner) {
+        write::begin(out, &self.date, 200, content_type, body.len());
+        to.end(out, body);
     }
 }
 

@@ -5,14 +5,15 @@ use super::answer::{self, Content, Failure, XCache};
 use super::flight::{Budget, Flight, FlightId, Phase};
 use super::{Broker, Output, Refreshed, UPSTREAM_CALLS_MAX, vpc_endpoint};
 use crate::cache::{Key, KeyRef};
-use crate::call::{Call, CallError, CallId, Service};
+use crate::call::{Call, CallError, CallErrorKind, CallId, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
 use crate::identity::Standing;
-use crate::kms::reply::{self, Reply};
+use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::sign::Credentials;
 use crate::kms::{request as kms_request, retry};
 use crate::log::escape;
+use crate::metrics::CallResult;
 use crate::time::{Mono, Now};
 use std::rc::Rc;
 use std::time::Duration;
@@ -58,6 +59,7 @@ impl Broker {
                     // The need for them has just set a fetch going: once more around to ask.
                 }
                 Standing::Failed { error, retry_at } => {
+                    self.credentials_health.fails(error, now);
                     let failure = Failure::no_credentials(error, retry_at.since(now));
                     self.on_setback(id, flight, Setback::lasting(failure), now);
                 }
@@ -109,7 +111,7 @@ impl Broker {
 
     fn background_calls(&self) -> usize {
         let nobody_waits = |id| self.flights.get(id).is_some_and(|flight: &Flight| flight.readers.is_empty());
-        self.calls.iter().filter(|(_, id)| nobody_waits(id)).count()
+        self.calls.iter().filter(|(_, id, _)| nobody_waits(id)).count()
     }
 
     fn start(&mut self, id: FlightId, mut flight: Flight, credentials: Rc<Credentials>, now: Mono) {
@@ -132,7 +134,7 @@ impl Broker {
         let began = flight.began().unwrap_or(now);
         let for_refresh = flight.readers.iter().any(|reader| reader.refresh_now);
         flight.phase = Phase::Calling { began, credentials, for_refresh };
-        self.calls.push((call, id));
+        self.calls.push((call, id, now));
         self.outputs.push_back(Output::Call(Call { id: call, service: Service::Kms, origin, deadline }));
         self.put_back(id, flight, now);
     }
@@ -171,7 +173,7 @@ impl Broker {
     }
 
     fn flight_of(&self, call: CallId) -> Option<FlightId> {
-        self.calls.iter().find(|(id, _)| *id == call).map(|(_, flight)| *flight)
+        self.calls.iter().find(|(id, ..)| *id == call).map(|(_, flight, _)| *flight)
     }
 
     /// Takes the outcome of a call.
@@ -179,14 +181,28 @@ impl Broker {
         if self.identity_call == Some(call) {
             self.identity_call = None;
             match self.identity.on_answer(outcome.as_ref(), now, &mut self.random) {
-                Some(Ok(())) => log::info!("credentials of the instance's RAM role fetched"),
-                Some(Err(error)) => log::warn!("no credentials: {error}"),
+                Some(Ok(())) => {
+                    log::info!("credentials of the instance's RAM role fetched");
+                    self.metrics.credential_fetches.ok += 1;
+                    self.credentials_expire_unix_s = self.identity.expires_unix_s();
+                    self.credentials_health.works(now.mono);
+                }
+                Some(Err(error)) => {
+                    log::warn!("no credentials: {error}");
+                    self.metrics.credential_fetches.failed += 1;
+                    let still_there = self.credentials_expire_unix_s.is_some_and(|end| now.unix_s < end);
+                    if still_there && self.credentials_health.is_well() {
+                        self.credentials_health.notes(error);
+                    } else {
+                        self.credentials_health.fails(error, now.mono);
+                    }
+                }
                 None => {}
             }
-        } else if let Some(id) = self.flight_of(call) {
-            self.calls.retain(|(it, _)| *it != call);
+        } else if let Some(position) = self.calls.iter().position(|(it, ..)| *it == call) {
+            let (_, id, since) = self.calls.swap_remove(position);
             if let Some(flight) = self.flights.remove(&id) {
-                self.on_fetched(id, flight, outcome, now);
+                self.on_fetched(id, flight, outcome, now.mono.since(since), now);
             }
         }
         self.advance(now.mono);
@@ -197,6 +213,7 @@ impl Broker {
         id: FlightId,
         mut flight: Flight,
         outcome: Result<Response, CallError>,
+        call_took: Duration,
         now: Now,
     ) {
         let (began, used) = match &flight.phase {
@@ -209,12 +226,14 @@ impl Broker {
             Ok(response) => {
                 let reply = reply::parse(flight.key.as_ref().id, response, on_kms_clock.unix_s);
                 log_reply(&flight.key, &reply, took_ms);
+                self.note_reply(&reply, call_took, now.mono);
                 reply
             }
             Err(error) => {
                 let KeyRef { id: name, .. } = flight.key.as_ref();
                 log::warn!("KMS GetSecretValue \"{}\": {error} ({took_ms} ms)", escape(name));
                 let reached = error.reached;
+                self.note_call_error(&error, call_took, now.mono);
                 let setback = Setback { reached, ..Setback::passing(Failure::from_call(error), now.mono) };
                 return self.on_down(id, flight, setback, now.mono);
             }
@@ -300,6 +319,53 @@ impl Broker {
                 self.on_setback(id, flight, Setback::lasting(Failure::invalid_response(what)), now.mono);
             }
         }
+    }
+
+    /// Counts a reply, and what it says of KMS's and the credentials' health: nothing of the secret.
+    fn note_reply(&mut self, reply: &Reply, took: Duration, now: Mono) {
+        let named = |error: &KmsError| format!("KMS answered {} {}", error.status, error.code);
+        let result = match reply {
+            Reply::Value(_) | Reply::Refused(_) => {
+                self.kms_health.works(now);
+                self.credentials_health.works(now);
+                if matches!(reply, Reply::Value(_)) { CallResult::Ok } else { CallResult::Refused }
+            }
+            Reply::Transient { error, .. } => {
+                self.kms_health.fails(named(error), now);
+                CallResult::Failed
+            }
+            Reply::Throttled { error, .. } => {
+                self.kms_health.fails(named(error), now);
+                CallResult::Throttled
+            }
+            Reply::CredentialsRefused(error) => {
+                self.credentials_health.fails(named(error), now);
+                CallResult::CredentialsRefused
+            }
+            Reply::ClockSkew { error, .. } => {
+                self.kms_health.fails(named(error), now);
+                CallResult::ClockSkew
+            }
+            Reply::SignatureRefused(error) => {
+                self.credentials_health.fails(named(error), now);
+                CallResult::SignatureRefused
+            }
+            Reply::Invalid(what) => {
+                self.kms_health.fails(what, now);
+                CallResult::Invalid
+            }
+        };
+        self.metrics.count_call(result, took);
+    }
+
+    fn note_call_error(&mut self, error: &CallError, took: Duration, now: Mono) {
+        self.kms_health.fails(error, now);
+        let result = match error.kind {
+            CallErrorKind::Timeout => CallResult::Timeout,
+            CallErrorKind::Unreachable => CallResult::Unreachable,
+            CallErrorKind::InvalidResponse => CallResult::Invalid,
+        };
+        self.metrics.count_call(result, took);
     }
 
     /// The same try once more, ahead of all others.

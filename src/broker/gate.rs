@@ -20,6 +20,10 @@ const QUOTED_CHARS_MAX: usize = 64;
 pub enum Route<'a> {
     /// `/ping`.
     Ping,
+    /// `/metrics`.
+    Metrics,
+    /// `/status`.
+    Status,
     /// A secret.
     Secret(Question<'a>),
 }
@@ -103,10 +107,11 @@ pub fn pass<'b>(
     if request.host.is_some_and(|host| !is_our_host(host, &server.allowed_hosts)) {
         return Err(FORBIDDEN_HOST);
     }
-    if !ping {
-        if request.has_header("X-Forwarded-For") || request.has_header("Forwarded") {
-            return Err(FORWARDED);
-        }
+    if !ping && (request.has_header("X-Forwarded-For") || request.has_header("Forwarded")) {
+        return Err(FORWARDED);
+    }
+    let metrics = request.path == "/metrics";
+    if !ping && !metrics {
         // An empty token is none: it matches nothing.
         let mut given = server.ssrf_headers.iter().flat_map(|name| request.header(name));
         if token.is_empty() || !given.any(|value| token.ct_eq(value)) {
@@ -116,11 +121,14 @@ pub fn pass<'b>(
     if !matches!(request.method, "GET" | "HEAD") {
         return Err(METHOD);
     }
-    if ping {
-        return Ok(Route::Ping);
-    }
-    if request.path == "/secretsmanager/get" {
-        return question(None, Kv::V1, server.response_type, request.query).map(Route::Secret);
+    match request.path {
+        "/ping" => return Ok(Route::Ping),
+        "/metrics" => return Ok(Route::Metrics),
+        "/status" => return Ok(Route::Status),
+        "/secretsmanager/get" => {
+            return question(None, Kv::V1, server.response_type, request.query).map(Route::Secret);
+        }
+        _ => {}
     }
     let Some(id) = request.path.strip_prefix(server.path_prefix.as_str()) else { return Err(NOT_FOUND) };
     let (id, kv) = match id.strip_prefix(KV2_PREFIX) {
@@ -205,6 +213,7 @@ fn quote(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::http::request::{Parsed, header_room, parse};
+    use crate::metrics::Outcome;
 
     fn verdict(head: &str, busy: bool) -> String {
         verdict_of(ResponseType::Kms, head, busy)
@@ -221,6 +230,8 @@ mod tests {
         let Parsed::Request(request, _) = parse(head.as_bytes(), &mut room) else { panic!("{head}") };
         match pass(&request, &server, &token, busy) {
             Ok(Route::Ping) => "ping".into(),
+            Ok(Route::Metrics) => "metrics".into(),
+            Ok(Route::Status) => "status".into(),
             Ok(Route::Secret(q)) => {
                 let (id, stage) = (q.version_id.as_deref(), q.version_stage.as_deref());
                 format!("{} {id:?} {stage:?} {} {:?}", q.id, q.refresh_now, q.kv)
@@ -331,6 +342,45 @@ mod tests {
         );
         assert!(verdict("POST /ping HTTP/1.1\r\nHost: localhost\r\n\r\n", true).starts_with("405"));
         assert!(verdict("GET /ping HTTP/1.1\r\nHost: evil\r\n\r\n", true).starts_with("403 ForbiddenHost"));
+    }
+
+    #[test]
+    fn metrics_need_no_token_and_status_does() {
+        let metrics = |head: &str, busy| verdict(&format!("GET /metrics HTTP/1.1\r\n{head}\r\n"), busy);
+        assert_eq!(metrics("Host: localhost\r\n", false), "metrics");
+        assert!(metrics("Host: localhost\r\n", true).starts_with("429"));
+        assert!(metrics("Host: evil\r\n", false).starts_with("403 ForbiddenHost"));
+        assert!(metrics("Host: localhost\r\nForwarded: for=a\r\n", false).starts_with("400 Forwarded"));
+        assert!(verdict("POST /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", false).starts_with("405"));
+        assert_eq!(get("/status?x"), "status");
+        assert!(
+            verdict("GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n", false).starts_with("403 InvalidToken")
+        );
+        assert!(get("/metrics/").starts_with("404") && get("/status/").starts_with("404"));
+    }
+
+    /// [`Outcome`] has to know every code, or a refusal would be counted as none.
+    #[test]
+    fn every_gate_is_counted() {
+        let rejects = [
+            Reject::Malformed(""),
+            Reject::Version,
+            Reject::HeadTooLarge,
+            Reject::TooManyHeaders,
+            Reject::TargetTooLong,
+        ];
+        let gates = [
+            CONNECTION_LIMIT,
+            FORBIDDEN_HOST,
+            FORWARDED,
+            INVALID_TOKEN,
+            METHOD,
+            NOT_FOUND,
+            Denial::parameter(""),
+        ];
+        for denial in rejects.into_iter().map(Denial::from).chain(gates) {
+            assert!(Outcome::of_code(denial.code).is_some(), "{}", denial.code);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod circuit;
 mod fetch;
 mod flight;
 pub mod gate;
+mod status;
 
 pub use flight::ClientId;
 
@@ -21,6 +22,7 @@ use crate::http::write::Persistence;
 use crate::identity::Identity;
 use crate::kms::format::Kv;
 use crate::kms::retry;
+use crate::metrics::{Gauges, Lookup as Looked, Metrics, Outcome};
 use crate::random::Random;
 use crate::secret::Secret;
 use crate::time::{Mono, Now};
@@ -29,6 +31,7 @@ use circuit::Circuit;
 use flight::{Budget, Flight, FlightId, Phase, Reader};
 use gate::{Denial, Question, Route};
 use hashbrown::HashMap;
+use status::{Health, Status};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
@@ -104,8 +107,8 @@ pub struct Broker {
     flights: BTreeMap<FlightId, Flight>,
     by_key: HashMap<Key, FlightId>,
     queue: VecDeque<FlightId>,
-    /// Calls that are out to KMS; at most [`UPSTREAM_CALLS_MAX`].
-    calls: Vec<(CallId, FlightId)>,
+    /// Calls that are out to KMS, and since when; at most [`UPSTREAM_CALLS_MAX`].
+    calls: Vec<(CallId, FlightId, Mono)>,
     circuit: Circuit,
     /// Throttled calls, less those that succeeded since: how far refreshes behind the scenes hold back. The
     /// limit is the whole account's, so what one secret meets the others would meet too.
@@ -125,6 +128,15 @@ pub struct Broker {
     /// When the queue may move although nothing else happens.
     queue_due: Mono,
     draining: bool,
+    metrics: Metrics,
+    kms_health: Health,
+    credentials_health: Health,
+    /// When the credentials fetched last end.
+    credentials_expire_unix_s: Option<i64>,
+    /// The process's id, and when it started.
+    pid: u32,
+    started: Now,
+    cached_max: (usize, usize),
 }
 
 impl Broker {
@@ -166,6 +178,13 @@ impl Broker {
             flight_floor: Mono::NEVER,
             queue_due: Mono::default(),
             draining: false,
+            metrics: Metrics::default(),
+            kms_health: Health::default(),
+            credentials_health: Health::default(),
+            credentials_expire_unix_s: None,
+            pid: 0,
+            started: Now { mono: Mono::default(), unix_s: 0 },
+            cached_max: (config.cache.size, config.cache.bytes),
         }
     }
 
@@ -178,6 +197,16 @@ impl Broker {
     /// simulation shows what happens without.
     pub fn set_refresh_jitter(&mut self, per_mille: u32) {
         self.refresh_jitter_per_mille = per_mille;
+    }
+
+    /// What `/status` and `/metrics` say of the process.
+    pub fn set_process(&mut self, pid: u32, started: Now) {
+        (self.pid, self.started) = (pid, started);
+    }
+
+    /// The counters; the server adds those of connections.
+    pub fn metrics_mut(&mut self) -> &mut Metrics {
+        &mut self.metrics
     }
 
     /// From now on every reply is its connection's last.
@@ -206,7 +235,16 @@ impl Broker {
         match gate::pass(request, &self.server, &self.token, busy) {
             Ok(Route::Ping) => {
                 self.writer.healthy(out, manner);
-                Asked::Answered(Done { status: 200, x_cache: None, code: None, persistence })
+                Asked::Answered(self.done(Outcome::Ping, persistence))
+            }
+            Ok(Route::Metrics) => {
+                let done = self.done(Outcome::Metrics, persistence);
+                self.writer.metrics(out, &self.metrics.render(&self.gauges()), manner);
+                Asked::Answered(done)
+            }
+            Ok(Route::Status) => {
+                self.writer.status(out, &self.status(now), manner);
+                Asked::Answered(self.done(Outcome::Status, persistence))
             }
             Ok(Route::Secret(question)) => {
                 manner.kv = question.kv;
@@ -222,9 +260,42 @@ impl Broker {
         self.deny(reject.into(), Manner { head_only, kv: Kv::V1, persistence: Persistence::Close }, out)
     }
 
+    /// One of the agent's own pages was written.
+    fn done(&mut self, outcome: Outcome, persistence: Persistence) -> Done {
+        self.metrics.count_request(outcome);
+        Done { status: 200, x_cache: None, code: None, persistence }
+    }
+
+    fn gauges(&self) -> Gauges {
+        Gauges {
+            cached: self.cache.size(),
+            cached_max: self.cached_max,
+            connections_max: self.server.max_conn,
+            circuit_open: self.circuit.is_open(),
+            credentials_expire_unix_s: self.credentials_expire_unix_s,
+            started_unix_s: self.started.unix_s,
+        }
+    }
+
+    fn status(&self, now: Now) -> String {
+        let status = Status {
+            pid: self.pid,
+            started: self.started,
+            cached: self.cache.size(),
+            connections_open: self.metrics.connections.open,
+            connections_max: self.server.max_conn,
+            kms: &self.kms_health,
+            credentials: &self.credentials_health,
+            credentials_expire_unix_s: self.credentials_expire_unix_s,
+        };
+        status.to_json(now)
+    }
+
     fn deny(&mut self, denial: Denial, manner: Manner, out: &mut Vec<u8>) -> Done {
         let (status, code) = (denial.status, Some(denial.code));
-        self.writer.failure(out, &denial.into(), manner);
+        let failure = Failure::from(denial);
+        self.metrics.count_request(failure.outcome);
+        self.writer.failure(out, &failure, manner);
         Done { status, x_cache: None, code, persistence: manner.persistence }
     }
 
@@ -239,10 +310,12 @@ impl Broker {
         let persistence = manner.persistence;
         match content {
             Content::Secret(body, span, x_cache) => {
+                self.metrics.count_request((*x_cache).into());
                 self.writer.secret(out, body, *span, now, *x_cache, manner);
                 Done { status: 200, x_cache: Some(*x_cache), code: None, persistence }
             }
             Content::Failure(failure) => {
+                self.metrics.count_request(failure.outcome);
                 self.writer.failure(out, failure, manner);
                 Done { status: failure.status, x_cache: None, code: None, persistence }
             }
@@ -261,6 +334,7 @@ impl Broker {
             KeyRef::new(&question.id, question.version_id.as_deref(), question.version_stage.as_deref());
         let reader = Reader { client, manner, refresh_now: question.refresh_now };
         if question.refresh_now {
+            self.metrics.count_lookup(Looked::Bypass);
             if let Some(content) = self.just_refreshed(key, now) {
                 return Asked::Answered(self.write(&content, manner, now, out));
             }
@@ -270,6 +344,8 @@ impl Broker {
         let known_failing = self.is_known_failing(key, now);
         match self.cache.lookup(key, now) {
             Lookup::Fresh { value, refresh } => {
+                self.metrics.count_lookup(Looked::Hit);
+                self.metrics.count_request(Outcome::Hit);
                 self.writer.secret(out, &value.body, value.span, now, XCache::Hit, manner);
                 if refresh {
                     self.refresh(key.to_owned(), now);
@@ -277,15 +353,24 @@ impl Broker {
                 Asked::Answered(Done { status: 200, x_cache: Some(XCache::Hit), code: None, persistence })
             }
             Lookup::Refused(error) => {
+                self.metrics.count_lookup(Looked::Refused);
                 let content = Content::Failure(Rc::new(Failure::from_kms(error)));
                 Asked::Answered(self.write(&content, manner, now, out))
             }
             Lookup::Expired(value) if known_failing => {
+                self.metrics.count_lookup(Looked::Expired);
                 let content = Content::Secret(Rc::clone(&value.body), value.span, XCache::Stale);
                 self.refresh(key.to_owned(), now);
                 Asked::Answered(self.write(&content, manner, now, out))
             }
-            Lookup::Expired(_) | Lookup::Absent => self.join(key, reader, now, out),
+            Lookup::Expired(_) => {
+                self.metrics.count_lookup(Looked::Expired);
+                self.join(key, reader, now, out)
+            }
+            Lookup::Absent => {
+                self.metrics.count_lookup(Looked::Miss);
+                self.join(key, reader, now, out)
+            }
         }
     }
 
@@ -366,6 +451,7 @@ impl Broker {
         if self.by_key.contains_key(&key) || self.flights.len() >= FLIGHTS_MAX {
             return;
         }
+        self.metrics.refreshes += 1;
         let (id, mut flight) = self.new_flight(key, now);
         flight.background = true;
         self.put_back(id, flight, now);
@@ -535,7 +621,7 @@ impl Broker {
                 self.queue.iter().filter(|it| *it == id).count(),
                 usize::from(matches!(flight.phase, Phase::Queued { .. }))
             );
-            let called = self.calls.iter().filter(|(_, it)| it == id).count();
+            let called = self.calls.iter().filter(|(_, it, _)| it == id).count();
             assert_eq!(called, usize::from(matches!(flight.phase, Phase::Calling { .. })));
             for reader in flight.readers.iter().chain(&flight.next_round) {
                 assert!(clients.insert(reader.client.0), "a client waits for one reply at a time");

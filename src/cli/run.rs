@@ -6,6 +6,7 @@ use crate::conn::tls;
 use crate::identity::metadata::Wanted;
 use crate::identity::{Identity, IdentityError};
 use crate::log::{LogHandle, Reason};
+use crate::net::Net as _;
 use crate::net::mio::{MioNet, listen};
 use crate::random::Random;
 use crate::secret::Secret;
@@ -106,7 +107,8 @@ impl Agent {
         let net = MioNet::new(listeners)
             .map_err(|error| StartError(format!("cannot start: {}", Reason(&error))))?;
         let identity = identity(config, env);
-        let broker = Broker::new(config, token.duplicate(), identity, random);
+        let mut broker = Broker::new(config, token.duplicate(), identity, random);
+        broker.set_process(std::process::id(), net.now());
         let server = Server::new(Parts {
             net,
             broker,

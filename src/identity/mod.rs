@@ -160,6 +160,12 @@ impl Identity {
         self.metadata.region()
     }
 
+    /// When the credentials that are held end, seconds since 1970 (UTC); `None`: never, or there are none.
+    #[must_use]
+    pub fn expires_unix_s(&self) -> Option<i64> {
+        self.held.as_ref().and_then(|held| held.credentials.expires_unix_s)
+    }
+
     /// What a caller gets. Who finds nothing sets a fetch going, unless one has just failed.
     pub fn standing(&mut self, now: Mono) -> Standing<'_> {
         if self.held.as_ref().is_some_and(|held| now >= held.ends) {

@@ -66,6 +66,7 @@ impl<N: Net> Server<N> {
                 match self.net.accept(listener, token) {
                     Ok(()) => {
                         accepted += 1;
+                        self.broker.metrics_mut().connections.accepted += 1;
                         self.welcome(token);
                     }
                     Err(error) => {
@@ -96,6 +97,7 @@ impl<N: Net> Server<N> {
         let conn = Inbound::new(reserve, accepted);
         self.deadline_floor = self.deadline_floor.min(conn.deadline());
         self.inbound.put(token, conn);
+        self.broker.metrics_mut().connections.open = self.inbound.len();
     }
 
     fn on_accept_error(&mut self, listener: usize, error: &io::Error) {
@@ -108,6 +110,7 @@ impl<N: Net> Server<N> {
             // The client was gone before we came to it.
             io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
             _ => {
+                self.broker.metrics_mut().connections.accept_failures += 1;
                 // No descriptor or no memory: the connection stays in the backlog, and asking again at once
                 // would only burn the core.
                 if let Some(left_out) = self.accept_failures.admit(self.now.mono) {
@@ -126,6 +129,7 @@ impl<N: Net> Server<N> {
         let gladly = fitting.filter_map(|(token, conn)| Some((conn.makes_room(now)?, token)));
         match gladly.min_by_key(|(rank, _)| *rank) {
             Some((_, token)) => {
+                self.broker.metrics_mut().connections.displaced += 1;
                 self.close_inbound(token);
                 true
             }
@@ -187,6 +191,7 @@ impl<N: Net> Server<N> {
         self.reserve_used -= usize::from(conn.reserve);
         self.net.close(token);
         self.inbound.vacate(token);
+        self.broker.metrics_mut().connections.open = self.inbound.len();
         self.room_at = self.now.mono;
     }
 
@@ -464,7 +469,10 @@ impl<N: Net> Server<N> {
         while self.head_bytes + newest.head_bytes() > HEAD_BYTES_IN_ALL_MAX {
             let heads = self.inbound.iter().filter(|(_, conn)| matches!(conn.state, State::Head { .. }));
             match heads.min_by_key(|(_, conn)| conn.accepted) {
-                Some((token, _)) => self.close_inbound(token),
+                Some((token, _)) => {
+                    self.broker.metrics_mut().connections.displaced += 1;
+                    self.close_inbound(token);
+                }
                 None => return,
             }
         }

@@ -287,6 +287,10 @@ impl<N: Net> Server<N> {
         let (upstream, upstream_next) = due(&self.outbound, Outbound::deadline, now);
         self.deadline_floor = clients_next.min(upstream_next);
         for token in clients {
+            // After the last reply the end of the wait is nobody's fault.
+            let lingers =
+                self.inbound.get(token).is_some_and(|conn| matches!(conn.state, State::Lingering { .. }));
+            self.broker.metrics_mut().connections.timed_out += u64::from(!lingers);
             // A client that broke its deadline gets no reply: it would not be the one to a request.
             self.close_inbound(token);
         }

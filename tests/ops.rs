@@ -1,0 +1,354 @@
+//! What an operator sees of the agent: `/metrics`, `/status`, the log, signals, systemd.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+
+use common::{Agent, Reply, Setup, emulator, secret_target, tool, wait_until};
+use kms_emulator::{Emulator, KmsMode, MetadataFault, NewSecret, Options, Throttle};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+/// All samples by name and labels, as Prometheus would read them: without a token.
+#[track_caller]
+fn metrics(agent: &Agent) -> BTreeMap<String, f64> {
+    let reply = agent.get_with("/metrics", &[]);
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    let text = reply.text();
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    samples
+        .map(|line| {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            (name.to_owned(), value.parse().unwrap())
+        })
+        .collect()
+}
+
+/// What changes in the metrics while `act` runs, the agent's view of our own asking left out.
+#[track_caller]
+fn moved(agent: &Agent, act: impl FnOnce()) -> BTreeMap<String, f64> {
+    let before = metrics(agent);
+    act();
+    let mut after = metrics(agent);
+    after.retain(|name, value| {
+        *value -= before.get(name).copied().unwrap_or(0.0);
+        *value != 0.0
+            && ["_bucket", "_sum", "connections_accepted_total", "connections ", "route=\"metrics\""]
+                .iter()
+                .all(|part| !name.contains(part))
+            && name != "kms_agent_connections"
+    });
+    after
+}
+
+#[track_caller]
+fn assert_moved(agent: &Agent, expected: &[(&str, f64)], act: impl FnOnce()) {
+    let moved = moved(agent, act);
+    let expected =
+        expected.iter().map(|(name, by)| (format!("kms_agent_{name}"), *by)).collect::<BTreeMap<_, _>>();
+    assert_eq!(moved, expected);
+}
+
+fn request(route: &str, result: &str) -> String {
+    format!("requests_total{{route=\"{route}\",result=\"{result}\"}}")
+}
+
+fn refusal(code: &str) -> String {
+    request("gate", code)
+}
+
+#[track_caller]
+fn status(agent: &Agent) -> Value {
+    let reply = agent.get("/status");
+    assert_eq!((reply.status, reply.header("Content-Type")), (200, Some("application/json")));
+    reply.json()
+}
+
+// ---- /metrics ----
+
+#[test]
+fn requests_and_calls_are_counted() {
+    let emulator = emulator(&[("a", "1"), ("gone", "2"), ("broken", "3")]);
+    let agent = Agent::start(&emulator);
+    let call = |result: &str| format!("upstream_calls_total{{result=\"{result}\"}}");
+    let lookup = |result: &str| format!("cache_lookups_total{{result=\"{result}\"}}");
+    const COUNT: &str = "upstream_call_duration_seconds_count";
+
+    // A miss, and then a hit and another.
+    let size = {
+        let reply = agent.secret("a");
+        assert_eq!(reply.verdict(), "200 MISS");
+        reply.body.len()
+    };
+    let all = metrics(&agent);
+    for (name, value) in [
+        (request("secret", "miss"), 1.0),
+        (lookup("miss"), 1.0),
+        (call("ok"), 1.0),
+        (COUNT.into(), 1.0),
+        ("upstream_call_duration_seconds_bucket{le=\"+Inf\"}".into(), 1.0),
+        ("cache_entries".into(), 1.0),
+        ("cache_bytes".into(), size as f64),
+        ("cache_max_entries".into(), 1000.0),
+        ("cache_max_bytes".into(), 16_777_216.0),
+        ("max_connections".into(), 800.0),
+        ("credential_fetches_total{result=\"ok\"}".into(), 1.0),
+        ("upstream_circuit_open".into(), 0.0),
+        (format!("build_info{{version=\"{}\"}}", env!("CARGO_PKG_VERSION")), 1.0),
+    ] {
+        assert_eq!(all.get(&format!("kms_agent_{name}")), Some(&value), "{name}");
+    }
+    assert!(all["kms_agent_upstream_call_duration_seconds_sum"] > 0.0);
+    assert_moved(&agent, &[(&request("secret", "hit"), 2.0), (&lookup("hit"), 2.0)], || {
+        for _ in 0..2 {
+            assert_eq!(agent.secret("a").verdict(), "200 HIT");
+        }
+    });
+    assert_moved(
+        &agent,
+        &[(&request("secret", "refresh"), 1.0), (&lookup("bypass"), 1.0), (&call("ok"), 1.0), (COUNT, 1.0)],
+        || {
+            assert_eq!(agent.get(&format!("{}&refreshNow=1", secret_target("a"))).verdict(), "200 REFRESH");
+        },
+    );
+
+    // KMS says no, and the second time the agent remembers.
+    emulator.delete_secret("gone", None).unwrap();
+    assert_moved(
+        &agent,
+        &[
+            (&request("secret", "kms_refused"), 2.0),
+            (&lookup("miss"), 1.0),
+            (&lookup("refused"), 1.0),
+            (&call("refused"), 1.0),
+            (COUNT, 1.0),
+        ],
+        || {
+            for _ in 0..2 {
+                assert_eq!(agent.secret("gone").status, 404);
+            }
+        },
+    );
+    emulator.fail_secret("broken", 503, "ServiceUnavailableTemporary");
+    assert_moved(
+        &agent,
+        &[
+            (&request("secret", "kms_failed"), 1.0),
+            (&lookup("miss"), 1.0),
+            (&call("failed"), 3.0),
+            (COUNT, 3.0),
+        ],
+        || assert_eq!(agent.secret("broken").status, 503),
+    );
+    assert!(!agent.get_with("/metrics", &[]).text().contains("broken"), "no secret's name");
+}
+
+#[test]
+fn refusals_are_counted_by_their_gate() {
+    let emulator = emulator(&[]);
+    let agent = Agent::start(&emulator);
+    wait_until("credentials are there", || status(&agent)["credentials"]["ok"] == true);
+    let with_token = [("X-KMS-Token", agent.token.as_str())];
+    let asks: [(&str, &dyn Fn() -> Reply); 6] = [
+        ("InvalidToken", &|| agent.get_with("/v1/a", &[])),
+        ("ForbiddenHost", &|| agent.get_with("/ping", &[("Host", "evil")])),
+        ("Forwarded", &|| agent.get_with("/metrics", &[("Forwarded", "for=a")])),
+        ("MethodNotAllowed", &|| agent.request("POST", "/v1/a", &with_token)),
+        ("NotFound", &|| agent.get("/elsewhere")),
+        ("InvalidParameter", &|| agent.get("/v1/a?b")),
+    ];
+    for (code, ask) in asks {
+        assert_moved(&agent, &[(&refusal(code), 1.0)], || assert_eq!(ask().field("Code"), code));
+    }
+    assert_moved(&agent, &[(&refusal("InvalidRequest"), 1.0)], || {
+        agent.raw("nonsense\r\n\r\n");
+    });
+    assert_moved(&agent, &[(&request("ping", "ok"), 1.0), (&request("status", "ok"), 1.0)], || {
+        agent.get_with("/ping", &[]);
+        agent.get("/status");
+    });
+}
+
+#[test]
+fn connections_are_counted() {
+    let emulator = emulator(&[]);
+    let agent = Setup::new(&emulator).key("Server", "MaxConn", 2).start();
+    let before = metrics(&agent);
+    let mut kept = agent.connect();
+    kept.send(agent.head("/ping"));
+    kept.reply().unwrap();
+    let after = metrics(&agent);
+    let grew = |name: &str| after[name] - before[name];
+    assert_eq!(after["kms_agent_connections"], 2.0, "the idle one, and ours");
+    assert_eq!(grew("kms_agent_connections_accepted_total"), 2.0);
+    // Two that begin a head cannot be asked to make room for a second: the third is told so.
+    let mut heads = [agent.connect(), agent.connect()];
+    for head in &mut heads {
+        head.send("GET /p");
+    }
+    wait_until("the third is refused", || agent.get_with("/metrics", &[]).status == 429);
+    drop(heads);
+    wait_until("there is room again", || agent.get_with("/metrics", &[]).status == 200);
+    let all = metrics(&agent);
+    assert!(all["kms_agent_connections_refused_total"] >= 1.0);
+    assert_eq!(all["kms_agent_connections_displaced_total"], 1.0, "the idle one made room");
+    assert!(kept.is_at_end());
+}
+
+#[test]
+fn a_client_that_says_nothing_is_counted_as_timed_out() {
+    let emulator = emulator(&[]);
+    let agent = Agent::start(&emulator);
+    let mut silent = agent.connect();
+    silent.send("GET /ping HTT");
+    // 5 s for a head.
+    assert!(silent.is_at_end());
+    assert_eq!(metrics(&agent)["kms_agent_connections_timed_out_total"], 1.0);
+}
+
+#[test]
+fn an_outage_shows() {
+    let emulator = emulator(&[("a", "1"), ("b", "2"), ("c", "3")]);
+    let agent = Setup::new(&emulator).key("Cache", "TTLSeconds", 1).start();
+    for name in ["a", "b", "c"] {
+        agent.secret(name);
+    }
+    emulator.set_kms_mode(KmsMode::Refuse).unwrap();
+    wait_until("the circuit opens", || {
+        for name in ["a", "b", "c"] {
+            assert_eq!(agent.secret(name).status, 200);
+        }
+        let all = metrics(&agent);
+        all["kms_agent_upstream_circuit_open"] == 1.0
+            && all["kms_agent_requests_total{route=\"secret\",result=\"stale\"}"] > 0.0
+    });
+    let all = metrics(&agent);
+    for name in [
+        "kms_agent_upstream_calls_total{result=\"unreachable\"}",
+        "kms_agent_cache_lookups_total{result=\"expired\"}",
+    ] {
+        assert!(all[name] > 0.0, "{name}");
+    }
+    emulator.set_kms_mode(KmsMode::Normal).unwrap();
+    wait_until("the circuit closes", || {
+        agent.secret("a");
+        metrics(&agent)["kms_agent_upstream_circuit_open"] == 0.0
+    });
+    wait_until("hot secrets are refreshed behind the scenes", || {
+        agent.secret("a");
+        metrics(&agent)["kms_agent_cache_refreshes_total"] > 0.0
+    });
+}
+
+#[test]
+fn head_is_get_without_the_body_here_too() {
+    let emulator = emulator(&[]);
+    let agent = Agent::start(&emulator);
+    let with_token = [("X-KMS-Token", agent.token.as_str())];
+    for (target, content_type) in
+        [("/metrics", "text/plain; version=0.0.4; charset=utf-8"), ("/status", "application/json")]
+    {
+        let head = agent.request("HEAD", target, &with_token);
+        assert_eq!((head.status, head.header("Content-Type")), (200, Some(content_type)));
+        assert!(head.header("Content-Length").unwrap().parse::<usize>().unwrap() > 100);
+        assert_eq!(head.header("Cache-Control"), Some("no-store"));
+    }
+}
+
+#[test]
+fn promtool_has_nothing_to_say() {
+    let Some(promtool) = tool("promtool") else { return };
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Agent::start(&emulator);
+    agent.secret("a");
+    let text = agent.get_with("/metrics", &[]).body;
+    let mut check = Command::new(promtool)
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    check.stdin.take().unwrap().write_all(&text).unwrap();
+    let output = check.wait_with_output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success() && said.is_empty(), "{}", String::from_utf8_lossy(&said));
+}
+
+// ---- /status ----
+
+#[test]
+fn status_of_an_agent_that_is_well() {
+    let emulator = emulator(&[("name-of-a-secret", "value-of-a-secret")]);
+    let agent = Agent::start(&emulator);
+    assert_eq!(agent.get_with("/status", &[]).verdict(), "403 InvalidToken");
+    wait_until("credentials are there", || status(&agent)["credentials"]["ok"] == true);
+    let first = status(&agent);
+    assert_eq!(first["kms"], serde_json::json!({"ok": null, "since": null, "last_error": null}));
+    let size = agent.secret("name-of-a-secret").body.len();
+    let told = status(&agent);
+    assert_eq!(told["status"], "Running");
+    assert_eq!(told["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(told["pid"], agent.pid());
+    assert!(told["uptime_seconds"].as_u64().unwrap() < 3600);
+    assert_eq!(told["secrets"], serde_json::json!({"count": 1, "bytes": size}));
+    assert_eq!(told["connections"]["max"], 800);
+    assert!(told["connections"]["open"].as_u64().unwrap() >= 1);
+    assert_eq!(told["kms"]["ok"], true);
+    let expires = metrics(&agent)["kms_agent_credential_expiry_timestamp_seconds"];
+    assert_eq!(unix_s(&told["credentials"]["expires"]) as f64, expires);
+    let since = unix_s(&told["kms"]["since"]);
+    assert!((emulator.now() - since).abs() <= 60, "{told}");
+    let text = told.to_string();
+    assert!(!text.contains("name-of") && !text.contains("value-of"), "{text}");
+}
+
+fn unix_s(text: &Value) -> i64 {
+    let format = time::format_description::well_known::Rfc3339;
+    time::OffsetDateTime::parse(text.as_str().unwrap(), &format).unwrap().unix_timestamp()
+}
+
+#[test]
+fn status_says_since_when_kms_fails_and_why() {
+    let emulator = emulator(&[("name-of-a-secret", "1"), ("b", "2")]);
+    let agent = Agent::start(&emulator);
+    agent.secret("b");
+    emulator.set_throttle(Some(Throttle::qps(0)));
+    assert_eq!(agent.secret("name-of-a-secret").verdict(), "429 Rejected.Throttling");
+    let kms = status(&agent)["kms"].clone();
+    assert_eq!(
+        (&kms["ok"], &kms["last_error"]),
+        (&false.into(), &"KMS answered 429 Rejected.Throttling".into())
+    );
+    emulator.set_throttle(None);
+    emulator.set_kms_mode(KmsMode::Refuse).unwrap();
+    assert_eq!(agent.secret("name-of-a-secret").status, 502);
+    let down = status(&agent)["kms"].clone();
+    assert_eq!((&down["ok"], &down["since"]), (&false.into(), &kms["since"]), "not fine since then");
+    let error = down["last_error"].as_str().unwrap();
+    assert!(error.starts_with(&format!("connect {}", emulator.kms_addr())), "{error}");
+    emulator.set_kms_mode(KmsMode::Normal).unwrap();
+    wait_until("it heals", || agent.secret("name-of-a-secret").status == 200);
+    let healed = status(&agent)["kms"].clone();
+    assert_eq!((&healed["ok"], &healed["last_error"]), (&true.into(), &down["last_error"]));
+    assert_eq!(agent.get_with("/ping", &[]).status, 200);
+}
+
+#[test]
+fn status_says_why_there_are_no_credentials() {
+    let secrets = vec![NewSecret::generic("a", "1")];
+    let fault = Some(MetadataFault::Status500);
+    let emulator = Emulator::start(Options { secrets, metadata_fault: fault, ..Options::default() }).unwrap();
+    let agent = Agent::start(&emulator);
+    wait_until("it has tried", || status(&agent)["credentials"]["ok"] == false);
+    let told = status(&agent);
+    assert_eq!((&told["kms"]["ok"], &told["credentials"]["expires"]), (&Value::Null, &Value::Null));
+    let error = told["credentials"]["last_error"].as_str().unwrap();
+    assert!(error.starts_with("metadata service: ") && error.contains("500"), "{error}");
+    assert!(metrics(&agent)["kms_agent_credential_fetches_total{result=\"failed\"}"] >= 1.0);
+    assert!(!metrics(&agent).contains_key("kms_agent_credential_expiry_timestamp_seconds"));
+    emulator.set_metadata_fault(None).unwrap();
+    wait_until("it heals", || status(&agent)["credentials"]["ok"] == true);
+}
