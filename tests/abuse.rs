@@ -363,6 +363,36 @@ fn unfinished_heads_together_hold_little_memory() {
     finish(agent);
 }
 
+/// Without a token, too: a ping is enough.
+#[test]
+fn many_that_ask_and_never_read_hold_little_memory() {
+    const COUNT: usize = 400;
+    let emulator = emulator(&[("a", "1")]);
+    let agent = capped(&emulator, 800);
+    agent.secret("a");
+    let before = rss_kib(&agent);
+    let mut hoarders: Vec<TcpStream> = (0..COUNT).map(|_| connect_small(&agent)).collect();
+    let (mut rss, mut slowest) = (0, Duration::ZERO);
+    for _ in 0..3 {
+        for stream in &mut hoarders {
+            stream.set_nonblocking(true).unwrap();
+            // A full socket takes nothing; a part of a request at its end does no harm.
+            let _ = stream.write(PING.repeat(1000).as_bytes());
+        }
+        // They have been read by then, as far as they ever will be.
+        let (reply, took) = served(&agent, PING);
+        assert_eq!(reply.text(), "healthy");
+        slowest = slowest.max(took);
+        rss = rss.max(rss_kib(&agent));
+    }
+    println!(
+        "{COUNT} clients that never read: RSS {before} -> {rss} KiB, another waited {slowest:?} at most"
+    );
+    assert!(rss < before + 6 * 1024);
+    drop(hoarders);
+    finish(agent);
+}
+
 #[test]
 fn without_descriptors_it_neither_spins_nor_floods_its_log() {
     let emulator = emulator(&[("a", "1"), ("slow", "2")]);
@@ -602,7 +632,7 @@ fn clients_that_vanish_leave_nothing_behind() {
     let before = descriptors(&agent);
     emulator.delay_secret("slow", Duration::from_millis(200));
     let slow = agent.head(&secret_target("slow"));
-    for bytes in ["", "G", PING, &slow, "BAD\r\n\r\n", &PING.repeat(2000)] {
+    for bytes in ["", "G", PING, &slow, "BAD\r\n\r\n", &PING.repeat(1000)] {
         for _ in 0..20 {
             // Dropped with replies unread: a reset.
             drop(crowd(&agent, 5, bytes));

@@ -21,8 +21,9 @@ pub const WRITE_LIFE: Duration = Duration::from_secs(10);
 pub const LINGER_LIFE: Duration = Duration::from_secs(1);
 /// At the cap, a head may be unfinished for so long after its connection was accepted.
 pub const HEAD_GRACE: Duration = Duration::from_secs(1);
-/// Bytes read from a client in one go.
-pub const READ_BYTES: usize = 32 * 1024;
+/// Bytes read from a client in one go: many requests fit, and what is read of a client that does not read its
+/// replies is all that it can make us hold.
+pub const READ_BYTES: usize = 4 * 1024;
 
 /// What a request was, kept for the log while its client waits.
 #[derive(Debug)]

@@ -31,6 +31,9 @@ const TOKEN_AGE_MAX: Duration = Duration::from_millis(500);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long requests in flight may take after SIGTERM.
 const DRAIN_LIFE: Duration = Duration::from_secs(5);
+/// Bytes read from KMS and the metadata service in one go; clients' are fewer.
+const SCRATCH_BYTES: usize = 32 * 1024;
+const _: () = assert!(READ_BYTES <= SCRATCH_BYTES);
 /// The scratch for replies: a batch and the largest reply fit, so that it never grows and leaves a copy
 /// behind that nobody wipes. Memory is only taken for what is used of it.
 const OUT_BYTES: usize = 256 * 1024;
@@ -132,7 +135,7 @@ impl<N: Net> Server<N> {
             room_at: now.mono,
             unfinished: Vec::new(),
             deadline_floor: Mono::NEVER,
-            scratch: vec![0; READ_BYTES].into_boxed_slice(),
+            scratch: vec![0; SCRATCH_BYTES].into_boxed_slice(),
             out: Vec::with_capacity(OUT_BYTES),
             refusals: RateLimit::new(REFUSALS_LOGGED.0, REFUSALS_LOGGED.1),
             accept_failures: RateLimit::new(1, 1),
