@@ -213,10 +213,9 @@ impl Writer {
             ResponseType::Vault if failure.at_gate => (JSON, json!({"errors": [message]}).to_string()),
             ResponseType::Vault => (JSON, json!({"errors": [format!("{code}: {message}")]}).to_string()),
         };
-        // For Vault's clients a secret that KMS refuses is forbidden, whatever KMS calls it.
-        let status = match (self.response_type, failure.status) {
-            (ResponseType::Vault, 409) => 403,
-            (_, status) => status,
+        let status = match self.response_type {
+            ResponseType::Vault if !failure.at_gate => vault_status(failure),
+            _ => failure.status,
         };
         write::begin(out, &self.date, status, content_type, body.len());
         if status == 405 {
@@ -246,6 +245,16 @@ impl Writer {
     fn document(&self, out: &mut Vec<u8>, content_type: &str, body: &[u8], to: Manner) {
         write::begin(out, &self.date, 200, content_type, body.len());
         to.end(out, body);
+    }
+}
+
+/// Vault's clients take 404 for "no such secret" and 403 for "not for you". KMS answers 404 for an access key or
+/// an encryption key that is missing, too, and 409 for a secret that is disabled.
+fn vault_status(failure: &Failure) -> u16 {
+    match failure.status {
+        404 if failure.code == "Forbidden.ResourceNotFound" => 404,
+        404 | 409 => 403,
+        status => status,
     }
 }
 
@@ -337,11 +346,26 @@ mod tests {
     fn each_kind_of_client_gets_errors_in_its_own_words() {
         let gate = || Failure { at_gate: true, ..Failure::ours(403, "InvalidToken", "Bad Token") };
         let kms = || Failure::ours(409, "Rejected.Disabled", "it is \"off\"");
+        let not_found = |code| Failure::ours(404, code, "");
+        let no_path = || Failure { at_gate: true, ..Failure::ours(404, "NotFound", "Not found") };
         for (response_type, failure, status, body) in [
             (ResponseType::Aws, gate(), "403", "Bad Token"),
             (ResponseType::Aws, kms(), "409", r#"{"__type":"Rejected.Disabled","message":"it is \"off\""}"#),
             (ResponseType::Vault, gate(), "403", r#"{"errors":["Bad Token"]}"#),
             (ResponseType::Vault, kms(), "403", r#"{"errors":["Rejected.Disabled: it is \"off\""]}"#),
+            (
+                ResponseType::Vault,
+                not_found("Forbidden.ResourceNotFound"),
+                "404",
+                r#"{"errors":["Forbidden.ResourceNotFound: "]}"#,
+            ),
+            (
+                ResponseType::Vault,
+                not_found("Forbidden.KeyNotFound"),
+                "403",
+                r#"{"errors":["Forbidden.KeyNotFound: "]}"#,
+            ),
+            (ResponseType::Vault, no_path(), "404", r#"{"errors":["Not found"]}"#),
         ] {
             let reply = text_of(response_type, |w, out| w.failure(out, &failure, KEEP));
             let (head, got) = reply.split_once("\r\n\r\n").unwrap();
