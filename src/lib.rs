@@ -15,7 +15,7 @@
 //! | 3 | [`kms`] [`identity`] [`cache`] [`token`] | what is said to KMS, as whom, and what is remembered |
 //! | 4 | [`conn`] | connections as state machines over bytes: TLS pump, inbound, outbound |
 //! | 5 | [`broker`] | every decision: gates, lookup, coalescing, retries. Says *what*, never how |
-//! | 6 | [`net`] | `trait Net`: eight verbs on sockets; [`net::mio`] is the only user of mio |
+//! | 6 | [`net`] [`harden`] | `trait Net`: eight verbs on sockets; [`net::mio`] is the only user of mio. What the process gives up |
 //! | 7 | [`server`] | the event loop, generic over `Net`: carries bytes and answers between all of them |
 //! | 8 | [`cli`] | arguments to a command, a command to an exit code |
 //!
@@ -32,6 +32,7 @@ pub mod call;
 pub mod cli;
 pub mod config;
 pub mod conn;
+pub mod harden;
 pub mod http;
 pub mod identity;
 pub mod kms;

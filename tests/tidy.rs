@@ -18,7 +18,7 @@ const FLOORS: &[&[&str]] = &[
     &["kms", "identity", "cache", "token"],
     &["conn"],
     &["broker"],
-    &["net"],
+    &["net", "harden"],
     &["server"],
     &["cli"],
 ];

@@ -3,6 +3,7 @@
 use crate::broker::Broker;
 use crate::config::{self, AuthType, Config, LogPath};
 use crate::conn::tls;
+use crate::harden::{Files, Harden};
 use crate::identity::metadata::Wanted;
 use crate::identity::{Identity, IdentityError};
 use crate::log::{LogHandle, Reason};
@@ -62,7 +63,7 @@ pub fn main(file: Option<PathBuf>) -> u8 {
         }
         agent.serve()
     };
-    match Agent::prepare(&config, &env).and_then(serve) {
+    match Agent::prepare(&config, &env, Some(Harden::begin())).and_then(serve) {
         Ok(()) => super::OK,
         Err(error) => {
             eprintln!("kms-agent: {error}");
@@ -84,11 +85,16 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Opens everything the agent needs: log, token, CA file, sockets. Needs no network.
+    /// Opens everything the agent needs: log, token, CA file, sockets. Needs no network. With `harden` it then
+    /// gives up what it needs no more; that concerns the whole process.
     ///
     /// # Errors
     /// The first of them that cannot be had, in one line.
-    pub fn prepare(config: &Config, env: &dyn Fn(&str) -> Option<OsString>) -> Result<Agent, StartError> {
+    pub fn prepare(
+        config: &Config,
+        env: &dyn Fn(&str) -> Option<OsString>,
+        mut harden: Option<Harden>,
+    ) -> Result<Agent, StartError> {
         let log = crate::log::init(&config.log).map_err(|error| StartError(error.to_string()))?;
         let mut random = Random::from_system()
             .map_err(|_| StartError("the operating system gives no random bytes".to_owned()))?;
@@ -104,6 +110,10 @@ impl Agent {
         if token.is_empty() {
             log::warn!("the token is empty: every request that needs one will be refused");
         }
+        if let Some(harden) = &mut harden {
+            // Before the net, whose helper thread inherits it.
+            harden.restrict_files(&files(config, &source, env));
+        }
         let net = MioNet::new(listeners)
             .map_err(|error| StartError(format!("cannot start: {}", Reason(&error))))?;
         let identity = identity(config, env);
@@ -117,6 +127,9 @@ impl Agent {
             tokens: Box::new(Watch::new(source, token)),
             host: Box::new(Process { log, ca_file }),
         });
+        if let Some(harden) = harden {
+            harden.restrict_calls();
+        }
         Ok(Agent { server, port })
     }
 
@@ -194,6 +207,24 @@ fn client_config(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, StartError
     tls::client_config(pem.as_deref()).map_err(|error| {
         StartError(format!("[KMS] CaFile {}: {error}", ca_file.unwrap_or(Path::new("")).display()))
     })
+}
+
+/// The files that are opened while the agent serves.
+fn files(config: &Config, token: &Source, env: &dyn Fn(&str) -> Option<OsString>) -> Files {
+    let mut files = Files::default();
+    if let Source::File { path, .. } = token {
+        files.read(path);
+    }
+    if let Some(path) = &config.kms.ca_file {
+        files.read(path);
+    }
+    if let Some(path) = env("ALIBABA_CLOUD_OIDC_TOKEN_FILE") {
+        files.read(Path::new(&path));
+    }
+    if let LogPath::Folder(folder) = &config.log.path {
+        files.write(folder);
+    }
+    files
 }
 
 fn cannot_listen(port: u16, error: &io::Error) -> StartError {

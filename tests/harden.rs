@@ -1,0 +1,197 @@
+//! What the process has given up: the kernel refuses it, whatever the code tries. That every feature works
+//! without it is shown by all tests that start the binary, which is hardened there as everywhere.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+
+use common::{Folder, Setup, emulator, secret_target, wait_until};
+use kms_agent::harden::{Files, Harden};
+use kms_emulator::{Emulator, NewSecret, Options};
+use rustix::fs::MemfdFlags;
+use rustix::net::{AddressFamily, SocketType};
+use rustix::process::{DumpableBehavior, Resource, Signal};
+use std::fs;
+use std::io;
+use std::net::{TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+/// Tells a child which trial it is.
+const TRIAL: &str = "KMS_AGENT_TEST_TRIAL";
+
+/// Runs the one test `name` of this file again, in a process that it may harden; gives how that ended.
+fn in_a_child(name: &str, trial: &str, folder: &Path) -> (ExitStatus, String) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(TRIAL, trial)
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    (output.status, String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+}
+
+fn trial() -> Option<String> {
+    std::env::var(TRIAL).ok()
+}
+
+#[track_caller]
+fn assert_refused<T>(what: &str, result: Result<T, impl Into<io::Error>>) {
+    match result.map_err(Into::into) {
+        Ok(_) => panic!("{what} works"),
+        Err(error) => assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{what}: {error}"),
+    }
+}
+
+#[test]
+fn a_forbidden_system_call_fails_or_kills() {
+    let Some(trial) = trial() else {
+        let folder = Folder::new();
+        let name = "a_forbidden_system_call_fails_or_kills";
+        let (status, output) = in_a_child(name, "refused", folder.path());
+        assert!(status.success(), "{output}");
+        for fatal in ["execve", "memfd_create"] {
+            let (status, output) = in_a_child(name, fatal, folder.path());
+            assert_eq!(status.signal(), Some(Signal::SYS.as_raw()), "{fatal}: {status}: {output}");
+        }
+        return;
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    Harden::begin().restrict_calls();
+    match trial.as_str() {
+        "execve" => drop(Command::new("/bin/true").exec()),
+        "memfd_create" => drop(rustix::fs::memfd_create("m", MemfdFlags::empty())),
+        _ => {
+            assert_refused("another listener", TcpListener::bind("127.0.0.1:0"));
+            assert_refused("another process", Command::new("/bin/true").spawn());
+            assert_refused("another thread", std::thread::Builder::new().spawn(|| ()));
+            let socket = |family| rustix::net::socket(family, SocketType::RAW, None);
+            assert_refused("a netlink socket", socket(AddressFamily::NETLINK));
+            assert_refused("raw packets", socket(AddressFamily::PACKET));
+            assert_refused("chmod", fs::set_permissions(".", fs::metadata(".").unwrap().permissions()));
+            assert_refused("a symbolic link", std::os::unix::fs::symlink("a", "b"));
+            assert_refused("a folder's list", fs::read_dir(".").and_then(|mut list| list.next().unwrap()));
+            let limit = rustix::process::getrlimit(Resource::Nofile);
+            assert_refused("another limit", rustix::process::setrlimit(Resource::Nofile, limit));
+            // What an agent does goes on.
+            drop(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+            listener.accept().unwrap();
+            UdpSocket::bind("127.0.0.1:0").unwrap();
+            UnixDatagram::unbound().unwrap();
+            assert!(("localhost", 1).to_socket_addrs().unwrap().next().is_some());
+        }
+    }
+}
+
+#[test]
+fn other_files_than_the_agents_own_are_out_of_reach() {
+    if trial().is_none() {
+        let folder = Folder::new();
+        let (status, output) =
+            in_a_child("other_files_than_the_agents_own_are_out_of_reach", "files", folder.path());
+        assert!(status.success(), "{output}");
+        return;
+    }
+    for name in ["token", "elsewhere", "logs"] {
+        fs::create_dir(name).unwrap();
+    }
+    fs::write("elsewhere/token", "linked to").unwrap();
+    std::os::unix::fs::symlink("../elsewhere/token", "token/kmstoken").unwrap();
+    fs::write("other", "not the agent's").unwrap();
+    let mut files = Files::default();
+    files.read(Path::new("token/kmstoken"));
+    files.write(Path::new("logs"));
+    let mut harden = Harden::default();
+    harden.restrict_files(&files);
+    if let Some(why) = harden.missing().first() {
+        eprintln!("skipped: {why}");
+        return;
+    }
+    assert_eq!(fs::read_to_string("token/kmstoken").unwrap(), "linked to");
+    assert!(fs::read("/etc/hosts").is_ok() || !Path::new("/etc/hosts").exists(), "names are resolved");
+    assert_refused("another file", fs::read("other"));
+    assert_refused("another file's content", fs::write("other", "x"));
+    assert_refused("a new file", fs::write("new", "x"));
+    assert_refused("a new token", fs::write("token/new", "x"));
+    assert_refused("a removed token", fs::remove_file("token/kmstoken"));
+    assert_refused("a program", Command::new("/bin/true").status());
+    assert_refused("a listener", TcpListener::bind("127.0.0.1:0"));
+    // Rotation.
+    fs::write("logs/a", "line").unwrap();
+    fs::rename("logs/a", "logs/a.1").unwrap();
+    fs::File::options().write(true).open("logs/a.1").unwrap().set_len(0).unwrap();
+    fs::remove_file("logs/a.1").unwrap();
+    assert_refused("a moved log", fs::write("logs/b", "x").and_then(|()| fs::rename("logs/b", "token/b")));
+    assert_refused("a folder in the log's", fs::create_dir("logs/c"));
+}
+
+#[test]
+fn no_core_no_dump_no_new_privileges() {
+    if trial().is_none() {
+        let folder = Folder::new();
+        let (status, output) = in_a_child("no_core_no_dump_no_new_privileges", "limits", folder.path());
+        assert!(status.success(), "{output}");
+        return;
+    }
+    let harden = Harden::begin();
+    let core = rustix::process::getrlimit(Resource::Core);
+    assert_eq!((core.current, core.maximum), (Some(0), Some(0)));
+    assert_eq!(rustix::process::dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+    assert!(rustix::thread::no_new_privs().unwrap());
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap().trim() != "0 kB";
+    let missing = harden.missing();
+    assert_eq!(missing.is_empty(), locked, "{missing:?}");
+    assert!(missing.iter().all(|why| why.contains("LimitMEMLOCK=infinity")), "{missing:?}");
+}
+
+#[test]
+fn the_log_says_what_is_in_force() {
+    let emulator = emulator(&[]);
+    let agent = Setup::new(&emulator).start();
+    agent.wait_for_log("hardened: no core dumps, not dumpable, no new privileges");
+    let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
+    for thread in fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        assert!(status.contains("\nNoNewPrivs:\t1\n") && status.contains("\nSeccomp:\t2\n"), "{status}");
+    }
+    assert!(status.contains("\nThreads:\t2\n"), "{status}");
+}
+
+#[test]
+fn a_hardened_agent_rotates_its_log_follows_its_files_and_resolves_names() {
+    // Long, so that few requests fill a megabyte of log.
+    let name = "n".repeat(250);
+    let secrets = vec![NewSecret::generic(&name, "value")];
+    let emulator = Emulator::start(Options { secrets, ..Options::default() }).unwrap();
+    let endpoint = format!("localhost:{}", emulator.kms_addr().port());
+    let mut agent = Setup::beside(&endpoint, &emulator.metadata_url(), emulator.ca_pem())
+        .key("Log", "LogFileSizeMB", 1)
+        .start();
+    let target = secret_target(&name);
+    assert_eq!(agent.get(&target).status, 200, "by name");
+
+    let replace = |file: &str, content: &str| {
+        let new = agent.folder.write("new", content);
+        fs::rename(new, agent.folder.join(file)).unwrap();
+    };
+    replace("kmstoken", "the next token");
+    replace("ca.pem", "no certificate");
+    agent.signal(Signal::HUP);
+    agent.wait_for_log("there is no PEM certificate in it");
+    agent.token = "the next token".into();
+    wait_until("the new token works", || agent.get(&target).status == 200);
+
+    let mut connection = agent.connect();
+    for _ in 0..100 {
+        connection.send(agent.head(&target).repeat(40));
+        for _ in 0..40 {
+            assert_eq!(connection.reply().unwrap().status, 200);
+        }
+    }
+    wait_until("the log is rotated", || agent.folder.join("logs/kms-agent.log.1").exists());
+    assert!(agent.stop().success());
+    assert!(fs::read_to_string(agent.folder.join("logs/kms-agent.log")).unwrap().ends_with("INFO  ended\n"));
+}
