@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{Agent, Folder, Setup, TOKEN, curl, emulator, tool};
+use common::{Agent, Folder, Setup, TOKEN, curl, emulator, python_with, tool};
 use kms_emulator::{Emulator, NewSecret};
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -57,21 +57,6 @@ fn run(command: &mut Command, input: &str) -> (Option<i32>, String, String) {
 fn expect_ok(command: &mut Command, input: &str) {
     let (code, stdout, stderr) = run(command, input);
     assert_eq!((code, stdout.as_str()), (Some(0), "ok\n"), "{command:?}: {stderr}");
-}
-
-/// A Python with these modules: `KMS_AGENT_TEST_PYTHON`, else `python3`.
-#[track_caller]
-fn python(modules: &str) -> Option<PathBuf> {
-    let python = match std::env::var_os("KMS_AGENT_TEST_PYTHON") {
-        Some(path) => PathBuf::from(path),
-        None => tool("python3")?,
-    };
-    let has_them = run(Command::new(&python).args(["-c", &format!("import {modules}")]), "").0 == Some(0);
-    if !has_them {
-        assert!(std::env::var_os("CI").is_none_or(|it| it != "true"), "no {modules} for Python, and CI=true");
-        eprintln!("skipped: {} has no {modules}", python.display());
-    }
-    has_them.then_some(python)
 }
 
 fn kms() -> (Emulator, Agent) {
@@ -132,7 +117,7 @@ fn example_in_curl() {
 
 #[test]
 fn example_in_python() {
-    let Some(python) = python("urllib.request") else { return };
+    let Some(python) = python_with("urllib.request") else { return };
     check_example(&[python.as_os_str(), example("python/get_secret.py").as_os_str()], line);
 }
 
@@ -263,7 +248,7 @@ fn curl_asks_as_people_do() {
 
 #[test]
 fn python_with_requests_and_urllib() {
-    let Some(python) = python("requests") else { return };
+    let Some(python) = python_with("requests") else { return };
     let (emulator, agent) = kms();
     expect_ok(Command::new(python).arg(script("kms.py")).args([url(&agent), token_file(&agent)]), "");
     assert_eq!(emulator.counters().gets("a"), 1);
@@ -304,7 +289,7 @@ fn java_with_http_client() {
 
 #[test]
 fn applications_of_the_aws_agent() {
-    let Some(python) = python("requests") else { return };
+    let Some(python) = python_with("requests") else { return };
     let emulator = emulator(&[("db", "old")]);
     emulator.put_secret("db", "{\"password\":\"new \\\"\u{fc}\\\"\"}");
     emulator.create_secret(NewSecret::binary("binary", "AAEC")).unwrap();
@@ -316,7 +301,7 @@ fn applications_of_the_aws_agent() {
 
 #[test]
 fn applications_of_vault() {
-    let Some(python) = python("hvac, requests") else { return };
+    let Some(python) = python_with("hvac, requests") else { return };
     let db = r#"{"user":"u","password":"p\"\\ü","port":3306,"nested":{"a":[1,null]}}"#;
     let emulator = emulator(&[
         ("db", db),

@@ -8,8 +8,8 @@
 //! assert_eq!(agent.secret("agent-test").status, 200);
 //! ```
 //!
-//! An agent is never started without `Endpoint` and `MetadataEndpoint` on loopback, nor with the
-//! environment of the tests: nothing here can reach a real KMS.
+//! An agent is never started without `Endpoint` and `MetadataEndpoint` on loopback, except inside a network
+//! namespace, nor with the environment of the tests: nothing here can reach a real KMS.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
@@ -109,6 +109,8 @@ pub struct Setup {
     env: BTreeMap<OsString, OsString>,
     token: String,
     raw_config: Option<String>,
+    /// What starts the agent's binary; empty: we do.
+    wrapper: Vec<OsString>,
 }
 
 impl Setup {
@@ -124,14 +126,28 @@ impl Setup {
             |it: &str| ["127.0.0.1:", "localhost:", "[::1]:"].iter().any(|host| it.starts_with(host));
         assert!(loopback(endpoint), "{endpoint} is not on loopback");
         assert!(metadata.strip_prefix("http://").is_some_and(loopback), "{metadata} is not on loopback");
+        Setup::plain(ca_pem, Vec::new()).text("KMS", "Endpoint", endpoint).text(
+            "KMS",
+            "MetadataEndpoint",
+            metadata,
+        )
+    }
+
+    /// As on a real instance, nothing said about where KMS and the metadata service are, inside a network
+    /// namespace that leads nowhere else. `ip netns exec` puts the files of `/etc/netns/<namespace>` over those
+    /// of `/etc`. To reach the agent, be in that namespace.
+    pub fn inside(ip: &Path, namespace: &str, ca_pem: &str) -> Setup {
+        Setup::plain(ca_pem, vec![ip.into(), "netns".into(), "exec".into(), namespace.into()])
+    }
+
+    fn plain(ca_pem: &str, wrapper: Vec<OsString>) -> Setup {
         let folder = Folder::new();
         let ca_file = folder.write("ca.pem", ca_pem);
         let token_file = folder.write("kmstoken", format!("{TOKEN}\n"));
         let log_path = folder.join("logs");
-        Setup { folder, keys: BTreeMap::new(), env: BTreeMap::new(), token: TOKEN.into(), raw_config: None }
+        let (keys, env) = (BTreeMap::new(), BTreeMap::new());
+        Setup { folder, keys, env, token: TOKEN.into(), raw_config: None, wrapper }
             .key("Server", "HttpPort", 0)
-            .text("KMS", "Endpoint", endpoint)
-            .text("KMS", "MetadataEndpoint", metadata)
             .text("KMS", "CaFile", &ca_file.display().to_string())
             .text("Log", "LogPath", &log_path.display().to_string())
             .text("Log", "LogLevel", "debug")
@@ -206,8 +222,16 @@ impl Setup {
     fn spawn(self) -> Agent {
         let config = self.folder.write("config.toml", self.config());
         let output = |name| File::create(self.folder.join(name)).expect("a file for the agent's output");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kms-agent"));
-        command.arg("run").arg("--config").arg(&config).current_dir(self.folder.path()).env_clear();
+        let binary = OsString::from(env!("CARGO_BIN_EXE_kms-agent"));
+        let mut words = self.wrapper.iter().chain([&binary]);
+        let mut command = Command::new(words.next().expect("the binary at least"));
+        command
+            .args(words)
+            .arg("run")
+            .arg("--config")
+            .arg(&config)
+            .current_dir(self.folder.path())
+            .env_clear();
         for kept in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE"] {
             command.envs(std::env::var_os(kept).map(|value| (kept, value)));
         }
@@ -416,6 +440,23 @@ pub fn curl() -> Option<PathBuf> {
 #[track_caller]
 pub fn python() -> Option<PathBuf> {
     tool("python3")
+}
+
+/// A Python with these modules: `KMS_AGENT_TEST_PYTHON`, else `python3`. As [`curl`] if there is none.
+#[track_caller]
+pub fn python_with(modules: &str) -> Option<PathBuf> {
+    let python = match std::env::var_os("KMS_AGENT_TEST_PYTHON") {
+        Some(path) => PathBuf::from(path),
+        None => tool("python3")?,
+    };
+    let mut import = Command::new(&python);
+    import.args(["-c", &format!("import {modules}")]).stdin(Stdio::null()).stderr(Stdio::null());
+    let has_them = import.status().is_ok_and(|status| status.success());
+    if !has_them {
+        assert!(std::env::var_os("CI").is_none_or(|it| it != "true"), "no {modules} for Python, and CI=true");
+        eprintln!("skipped: {} has no {modules}", python.display());
+    }
+    has_them.then_some(python)
 }
 
 /// A program on the `PATH`, as [`curl`].
