@@ -298,6 +298,20 @@ fn without_a_value_eight_seconds_and_not_more() {
 }
 
 #[test]
+fn eight_seconds_also_for_who_sees_the_stale_value_die() {
+    let mut rig = Rig::new();
+    rig.cached("db");
+    rig.sleep_ms(1_099_500);
+    assert_eq!(rig.ask("/v1/db"), None);
+    rig.sleep_ms(1_000);
+    assert!(rig.answers.is_empty(), "it died half a second ago");
+    rig.sleep_ms(6_999);
+    assert!(rig.answers.is_empty());
+    rig.sleep_ms(1);
+    assert_eq!(rig.take_answers(), ["504 UpstreamTimeout"], "from the beginning of the try");
+}
+
+#[test]
 fn a_refusal_drops_the_value_and_is_remembered_for_five_seconds() {
     let mut rig = Rig::new();
     rig.cached("db");
