@@ -820,9 +820,9 @@ impl World {
         if let Some((_, kind)) = deadline {
             self.hit(kind);
         }
-        // Closing on unread bytes resets the connection, and the client may lose its last reply.
+        // Closing on bytes unread or on their way resets the connection, and the client may lose its last reply.
         let conn = &self.conns[id];
-        let unread = !conn.rx.is_empty() && !conn.reset;
+        let unread = (!conn.rx.is_empty() || conn.talk.sent_total > conn.read_total) && !conn.reset;
         let unseen = conn.arrived_total < conn.write_total;
         let lingered = conn.talk.said_close.is_some_and(|at| self.now_us >= at.us + LINGER_US);
         if unread
