@@ -131,7 +131,8 @@ impl Broker {
             Some(budget) if !falls_back => deadline.min(budget.until),
             _ => deadline,
         };
-        let began = flight.began().unwrap_or(now);
+        // A refresh that was held back begins only now.
+        let began = flight.began().filter(|_| !flight.readers.is_empty()).unwrap_or(now);
         let for_refresh = flight.readers.iter().any(|reader| reader.refresh_now);
         flight.phase = Phase::Calling { began, credentials, for_refresh };
         self.calls.push((call, id, now));

@@ -390,6 +390,25 @@ fn refreshes_behind_the_scenes_leave_room_for_readers() {
 }
 
 #[test]
+fn a_held_back_refresh_begins_with_its_first_reader() {
+    let names = ["a", "b", "c", "d", "e"];
+    let mut rig = Rig::new();
+    for name in names {
+        rig.cached(name);
+        assert_eq!(rig.ask(&format!("/v1/{name}")).unwrap(), "200 HIT 0 one");
+    }
+    rig.sleep_ms(101_000);
+    assert_eq!(rig.calls.len(), 4, "one of them is held back");
+    for name in names {
+        assert_eq!(rig.ask(&format!("/v1/{name}")), None);
+    }
+    rig.sleep_ms(999);
+    assert_eq!((rig.calls.len(), rig.answers.len()), (5, 4), "four calls have been out for long");
+    rig.sleep_ms(1);
+    assert_eq!(rig.answers.len(), 5, "a second after the try began");
+}
+
+#[test]
 fn with_kms_down_one_probe_at_a_time() {
     let mut rig = Rig::new();
     for n in 0..20 {
