@@ -195,3 +195,23 @@ fn a_hardened_agent_rotates_its_log_follows_its_files_and_resolves_names() {
     assert!(agent.stop().success());
     assert!(fs::read_to_string(agent.folder.join("logs/kms-agent.log")).unwrap().ends_with("INFO  ended\n"));
 }
+
+/// `packaging/systemd/kms-agent.service` with what it names in place, so that only the unit itself is judged.
+#[test]
+fn the_unit_file_is_sound_and_exposes_little() {
+    let Some(analyze) = common::tool("systemd-analyze") else { return };
+    let unit = include_str!("../packaging/systemd/kms-agent.service")
+        .replace("/usr/local/alibabacloudkmsagent/bin/kms-agent", env!("CARGO_BIN_EXE_kms-agent"));
+    let folder = Folder::new();
+    let unit = folder.write("kms-agent.service", unit).display().to_string();
+    let output = Command::new(&analyze).args(["verify", "--man=no", &unit]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && !said.contains("kms-agent.service"), "{said}");
+    // In tenths: 1.0.
+    let security = ["security", "--offline=yes", "--no-pager", "--threshold=10", &unit];
+    let output = Command::new(&analyze).args(security).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let exposed: Vec<&str> = said.lines().filter(|line| !line.starts_with('\u{2713}')).collect();
+    assert!(output.status.success(), "{exposed:#?}");
+    println!("{}", exposed.join("\n"));
+}
