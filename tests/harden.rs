@@ -11,9 +11,11 @@ use kms_emulator::{Emulator, NewSecret, Options};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketType};
 use rustix::process::{DumpableBehavior, Resource, Signal};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
@@ -214,4 +216,101 @@ fn the_unit_file_is_sound_and_exposes_little() {
     let exposed: Vec<&str> = said.lines().filter(|line| !line.starts_with('\u{2713}')).collect();
     assert!(output.status.success(), "{exposed:#?}");
     println!("{}", exposed.join("\n"));
+}
+
+/// Text that is nowhere else, in blocks that can be told apart: a part of it is a trace, too.
+struct Marked {
+    prefix: String,
+    blocks: u32,
+}
+
+impl Marked {
+    fn new(name: &str, blocks: u32) -> Marked {
+        Marked { prefix: format!("<{name}-{}-", std::process::id()), blocks }
+    }
+
+    fn text(&self) -> String {
+        (0..self.blocks).map(|n| format!("{}{n:04}>", self.prefix)).collect()
+    }
+
+    /// How many of its blocks, whole or cut off, are in the memory of a process.
+    fn blocks_in_memory(&self, pid: u32) -> usize {
+        what_follows_in_memory(pid, self.prefix.as_bytes()).len()
+    }
+}
+
+/// The different four bytes that come after `prefix` in the memory that a process may write to.
+fn what_follows_in_memory(pid: u32, prefix: &[u8]) -> BTreeSet<Vec<u8>> {
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let mut found = BTreeSet::new();
+    for line in maps.lines().filter(|line| line.contains(" rw")) {
+        let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let [from, to] = [from, to].map(|it| u64::from_str_radix(it, 16).unwrap());
+        let mut bytes = vec![0; usize::try_from(to - from).unwrap()];
+        // Some of the kernel's own cannot be read.
+        let Ok(count) = memory.read_at(&mut bytes, from) else { continue };
+        let mut rest = &bytes[..count];
+        while let Some(at) = rest.iter().position(|byte| *byte == prefix[0]) {
+            rest = &rest[at..];
+            if rest.starts_with(prefix) {
+                found.insert(rest[prefix.len()..].get(..4).unwrap_or_default().to_vec());
+            }
+            rest = &rest[1..];
+        }
+    }
+    found
+}
+
+#[test]
+fn what_is_evicted_rotated_or_renewed_leaves_no_trace_in_memory() {
+    // The long value first: what comes later does not write over all of it by chance.
+    let [long, next] = [Marked::new("long", 500), Marked::new("next", 1)];
+    let [old_token, new_token] = [Marked::new("old", 8), Marked::new("new", 1)];
+    let emulator = emulator(&[("long", &long.text()), ("next", &next.text())]);
+    let mut agent = Setup::new(&emulator).key("Cache", "CacheSize", 1).token(&old_token.text()).start();
+    let pid = agent.pid();
+    // In two pieces, so that the first is kept; it has been read when the ping is answered.
+    let head = agent.head(&secret_target("long"));
+    let (first, second) = head.split_at(head.len() - 3);
+    let mut connection = agent.connect();
+    connection.send(first);
+    assert_eq!(agent.get_with("/ping", &[]).status, 200);
+    connection.send(second);
+    assert_eq!(connection.reply().unwrap().status, 200);
+    if fs::File::open(format!("/proc/{pid}/mem")).is_err() {
+        eprintln!("skipped: the agent is not dumpable, so only root may look into its memory");
+        return;
+    }
+    let credentials = credentials(&emulator);
+    // What is there is found.
+    assert!(long.blocks_in_memory(pid) >= 500);
+    assert!(old_token.blocks_in_memory(pid) >= 8);
+    for part in &credentials {
+        assert!(!what_follows_in_memory(pid, part.as_bytes()).is_empty(), "{part}");
+    }
+
+    emulator.revoke_credentials();
+    assert_eq!(agent.secret("next").status, 200);
+    agent.folder.write("kmstoken", new_token.text());
+    agent.token = new_token.text();
+    wait_until("the new token works", || agent.secret("next").status == 200);
+    assert!(next.blocks_in_memory(pid) >= 1 && new_token.blocks_in_memory(pid) >= 1);
+    assert_eq!(long.blocks_in_memory(pid), 0, "the evicted value");
+    assert_eq!(old_token.blocks_in_memory(pid), 0, "the old token");
+    for part in &credentials {
+        let found = what_follows_in_memory(pid, part.as_bytes());
+        assert!(found.is_empty(), "{part} of the old credentials is followed by {found:?}");
+    }
+}
+
+/// Secret and security token that the metadata service hands out now.
+fn credentials(emulator: &Emulator) -> [String; 2] {
+    let url = emulator.metadata_url();
+    let mut connection = common::Connection::to(url.strip_prefix("http://").unwrap());
+    let role = Options::default().role.unwrap();
+    let target = format!("/latest/meta-data/ram/security-credentials/{role}");
+    connection.send(common::http::head("GET", &target, &[]));
+    let reply: serde_json::Value = serde_json::from_slice(&connection.reply().unwrap().body).unwrap();
+    ["AccessKeySecret", "SecurityToken"].map(|key| reply[key].as_str().unwrap().to_owned())
 }

@@ -62,6 +62,18 @@ pub fn client_config(ca_pem: Option<&[u8]>) -> Result<Arc<ClientConfig>, CaError
     Ok(Arc::new(config))
 }
 
+/// rustls decrypts in its buffer, and keeps that as it is until more comes. What it offers to be read into is all
+/// of the buffer that is of no more use.
+struct Wiper;
+
+impl io::Read for Wiper {
+    fn read(&mut self, unused: &mut [u8]) -> io::Result<usize> {
+        unused.zeroize();
+        // Nothing has come, and nothing has ended.
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+}
+
 /// One TLS connection's state.
 #[derive(Debug)]
 pub struct Tls {
@@ -103,7 +115,13 @@ impl Tls {
     ///
     /// # Errors
     /// When the peer breaks TLS or is not who it should be.
-    pub fn on_ciphertext(&mut self, mut bytes: &[u8], plaintext: &mut Vec<u8>) -> Result<(), TlsError> {
+    pub fn on_ciphertext(&mut self, bytes: &[u8], plaintext: &mut Vec<u8>) -> Result<(), TlsError> {
+        let decrypted = self.decrypt(bytes, plaintext);
+        let _ = self.session.read_tls(&mut Wiper);
+        decrypted
+    }
+
+    fn decrypt(&mut self, mut bytes: &[u8], plaintext: &mut Vec<u8>) -> Result<(), TlsError> {
         while !bytes.is_empty() {
             let taken = self.session.read_tls(&mut bytes);
             let state = self.session.process_new_packets().map_err(TlsError)?;
