@@ -3,11 +3,12 @@
 use crate::log::Reason;
 use crate::random::Random;
 use crate::secret::Secret;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Gid, Mode, OFlags};
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
@@ -17,6 +18,8 @@ pub const DEFAULT_FILE: &str = "/var/run/kmstoken";
 pub const FILE_BYTES_MAX: u64 = 4096;
 /// Owner: read and write; group, which applications join: read.
 const FILE_MODE: u32 = 0o640;
+/// Before the group is set: the owner alone.
+const UNFINISHED_MODE: u32 = 0o600;
 
 /// Why there is no token.
 #[derive(Debug)]
@@ -108,16 +111,58 @@ impl Source {
     pub fn read(&self) -> Result<Secret, TokenError> {
         match self {
             Source::Value { token, .. } => Ok(token.duplicate()),
-            Source::File { path, .. } => read(path).map_err(|error| TokenError::Read(path.clone(), error)),
+            Source::File { path, .. } => {
+                read(path).map(|(token, _)| token).map_err(|error| TokenError::Read(path.clone(), error))
+            }
+        }
+    }
+
+    /// What is wrong with the file's owner and mode, one message each, for a warning; nothing, where it cannot
+    /// be looked at or there is none.
+    #[must_use]
+    pub fn complaints(&self) -> Vec<String> {
+        match self {
+            Source::Value { .. } => Vec::new(),
+            Source::File { path, .. } => std::fs::metadata(path)
+                .map_or_else(|_| Vec::new(), |it| complaints(path, &it, rustix::process::geteuid().as_raw())),
         }
     }
 }
 
-fn read(path: &Path) -> io::Result<Secret> {
+/// Whom a token file lets in who should not be: `uid` is who asks, and may own it as well as root.
+fn complaints(path: &Path, file: &Metadata, uid: u32) -> Vec<String> {
+    let (path, mode, owner) = (path.display(), file.mode() & 0o7777, file.uid());
+    let mut found = Vec::new();
+    if mode & 0o007 != 0 {
+        found.push(format!(
+            "token file {path}: mode {mode:04o} lets every user of this host in; do: chmod {FILE_MODE:o} {path}"
+        ));
+    } else if mode & 0o020 != 0 {
+        found.push(format!(
+            "token file {path}: mode {mode:04o} lets its group replace the token; do: chmod {FILE_MODE:o} {path}"
+        ));
+    }
+    if owner != 0 && owner != uid {
+        found.push(format!(
+            "token file {path}: it belongs to user {owner}, who can replace the token; do: chown root {path}"
+        ));
+    }
+    found
+}
+
+fn read(path: &Path) -> io::Result<(Secret, Metadata)> {
+    // A FIFO or a device would keep the reader waiting; `O_NONBLOCK` changes nothing for a file.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+    }
     // Never grows: a vector that moves leaves its old bytes behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(2 * 4096));
-    File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-    parse(&bytes).map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))
+    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    let token = parse(&bytes).map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))?;
+    Ok((token, metadata))
 }
 
 /// The token in a file's content: all of it, without the white space around it. Empty: there is none.
@@ -137,43 +182,111 @@ pub fn parse(bytes: &[u8]) -> Result<Secret, &'static str> {
     }
 }
 
-/// Writes a fresh 256-bit token in hex, unless the file is there. No line end: clients that put the file's
-/// content into a header as it is are right, too. At no instant can others read it, and
-/// nobody sees half of it: it is written under another name with its final mode, then linked to its own.
+/// What [`create`] found and did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Created {
+    /// There is a fresh token now.
+    Fresh,
+    /// A valid token was there and stays.
+    Kept {
+        /// Its file's group.
+        gid: u32,
+    },
+}
+
+/// Makes sure that there is a token: a valid file stays as it is, an empty or unusable one is replaced, and
+/// where there is none, one is made as by [`rotate`].
 ///
 /// # Errors
-/// When the folder cannot be written to.
-pub fn create_if_missing(path: &Path, random: &mut Random) -> Result<bool, TokenError> {
+/// When it cannot be made, or something is there that no token file is: it stays.
+pub fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Created, TokenError> {
+    match read(path) {
+        Ok((token, file)) if !token.is_empty() => return Ok(Created::Kept { gid: file.gid() }),
+        // Who may not read it cannot know that it is unusable.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(TokenError::Read(path.to_path_buf(), error));
+        }
+        _ => {}
+    }
+    if create_if_missing(path, gid, random)? {
+        return Ok(Created::Fresh);
+    }
+    // Somebody else may have been faster.
+    match read(path) {
+        Ok((token, file)) if !token.is_empty() => Ok(Created::Kept { gid: file.gid() }),
+        _ => rotate(path, gid, random).map(|()| Created::Fresh),
+    }
+}
+
+/// Puts a fresh token in the place of `path`, which need not be there: a 256-bit one in hex, mode 0640, with
+/// this group or else that of the process. No line end: clients that put the file's content into a header as it
+/// is are right, too. At no instant can others read it, and nobody sees half of it: it is written under
+/// another name and gets that of `path` when all is done.
+///
+/// # Errors
+/// When the folder cannot be written to or the group not be given; when `path` is something else than a regular
+/// file: a device or a link is not replaced.
+pub fn rotate(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<(), TokenError> {
+    let failed = |error: io::Error| TokenError::Create(path.to_path_buf(), error);
+    let strange = match std::fs::symlink_metadata(path) {
+        Ok(file) if file.is_symlink() => Some("it is a symbolic link; name the file that it leads to"),
+        Ok(file) if !file.is_file() => Some("something else than a regular file is there"),
+        _ => None,
+    };
+    if let Some(strange) = strange {
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, strange)));
+    }
+    write_fresh(path, gid, random, |temporary| std::fs::rename(temporary, path)).map_err(failed)
+}
+
+/// The same unless `path` is there, whatever it is; `false`: it is.
+///
+/// # Errors
+/// When the folder cannot be written to or the group not be given.
+pub fn create_if_missing(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<bool, TokenError> {
     if path.exists() {
         return Ok(false);
     }
-    let failed = |error: io::Error| TokenError::Create(path.to_path_buf(), error);
+    // A link, unlike a rename, never replaces what somebody put there meanwhile.
+    let linked = write_fresh(path, gid, random, |temporary| std::fs::hard_link(temporary, path));
+    match linked {
+        Ok(()) => Ok(true),
+        // Somebody else was faster; theirs is as good.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(TokenError::Create(path.to_path_buf(), error)),
+    }
+}
+
+/// Writes a fresh token beside `path`, complete with group and mode; `place` then gives it its name.
+fn write_fresh(
+    path: &Path,
+    gid: Option<u32>,
+    random: &mut Random,
+    place: impl FnOnce(&Path) -> io::Result<()>,
+) -> io::Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{:016x}", random.next_u64()));
     let temporary = PathBuf::from(name);
-    // A link, unlike a rename, never replaces what somebody put there meanwhile.
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let file = rustix::fs::open(&temporary, flags, Mode::from_raw_mode(FILE_MODE))
-        .map_err(|error| failed(error.into()))?;
+    let file = rustix::fs::open(&temporary, flags, Mode::from_raw_mode(UNFINISHED_MODE))?;
     let mut bytes = Zeroizing::new([0_u8; 32]);
-    let written = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), bytes.as_mut())
+    let placed = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), bytes.as_mut())
         .map_err(|_| io::Error::other("the system gives no random bytes"))
         .and_then(|()| {
             let token = Zeroizing::new(crate::kms::sign::hex(bytes.as_ref()));
-            // A umask would take the group's right away.
+            if let Some(gid) = gid {
+                rustix::fs::fchown(&file, None, Some(Gid::from_raw(gid)))?;
+            }
+            // After the group, so that no other one may read; not by open, whose mode the umask cuts.
             rustix::fs::fchmod(&file, Mode::from_raw_mode(FILE_MODE))?;
             let mut file = File::from(file);
             file.write_all(token.as_bytes())?;
             file.sync_all()
         })
-        .and_then(|()| match std::fs::hard_link(&temporary, path) {
-            Ok(()) => Ok(true),
-            // Somebody else was faster; theirs is as good.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-            Err(error) => Err(error),
-        });
+        .and_then(|()| place(&temporary));
+    // Gone already, if it was renamed.
     let _ = std::fs::remove_file(&temporary);
-    written.map_err(failed)
+    placed
 }
 
 /// Watches the source for the daemon: a changed token is taken up, an empty or unreadable file keeps the
@@ -196,8 +309,8 @@ impl Watch {
     pub fn poll(&mut self) -> Option<Secret> {
         let Source::File { path, .. } = &self.source else { return None };
         let complaint = match read(path) {
-            Ok(token) if token.is_empty() => "it is empty".to_owned(),
-            Ok(token) => {
+            Ok((token, _)) if token.is_empty() => "it is empty".to_owned(),
+            Ok((token, _)) => {
                 self.complained = false;
                 if self.last.ct_eq(token.expose()) {
                     return None;
@@ -244,19 +357,88 @@ mod tests {
         assert!(with(Some("file://p"), None).unwrap_err().to_string().contains("absolute path"));
     }
 
+    fn token_in(path: &Path) -> Secret {
+        read(path).unwrap().0
+    }
+
     #[test]
     fn a_created_file_is_private_and_stays() {
         let folder = folder("create");
         let path = folder.join("kmstoken");
         let mut random = Random::from_seed(1);
-        assert!(create_if_missing(&path, &mut random).unwrap());
-        let token = read(&path).unwrap();
+        assert!(create_if_missing(&path, None, &mut random).unwrap());
+        let token = token_in(&path);
         assert_eq!(token.expose().len(), 64);
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 64, "nothing to be trimmed");
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o137, 0);
-        assert!(!create_if_missing(&path, &mut random).unwrap());
-        assert!(read(&path).unwrap().ct_eq(token.expose()));
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
+        assert!(!create_if_missing(&path, None, &mut random).unwrap());
+        assert!(matches!(create(&path, None, &mut random).unwrap(), Created::Kept { .. }));
+        assert!(token_in(&path).ct_eq(token.expose()));
+        rotate(&path, None, &mut random).unwrap();
+        assert!(!token_in(&path).ct_eq(token.expose()) && token_in(&path).expose().len() == 64);
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn create_replaces_what_is_no_token_and_nothing_else() {
+        let folder = folder("replace");
+        let mut random = Random::from_seed(2);
+        for (name, content) in [("empty", " \n"), ("two-lines", "a\nb"), ("large", &"x".repeat(5000))] {
+            let path = folder.join(name);
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(create(&path, None, &mut random).unwrap(), Created::Fresh, "{name}");
+            assert_eq!(token_in(&path).expose().len(), 64, "{name}");
+            assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o640, "{name}");
+        }
+        let [fifo, link] = ["fifo", "link"].map(|name| folder.join(name));
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        std::os::unix::fs::symlink("nowhere", &link).unwrap();
+        for path in [&fifo, &link, &folder] {
+            let before = std::fs::symlink_metadata(path).unwrap().ino();
+            assert!(create(path, None, &mut random).is_err(), "{}", path.display());
+            assert!(rotate(path, None, &mut random).is_err(), "{}", path.display());
+            assert_eq!(std::fs::symlink_metadata(path).unwrap().ino(), before, "{}", path.display());
+        }
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 5, "no temporary file is left");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_fifo_or_device_does_not_keep_the_reader_waiting() {
+        let folder = folder("fifo");
+        let fifo = folder.join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        for path in [fifo.as_path(), Path::new("/dev/zero"), &folder] {
+            let error = read(path).unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{}: {error}", path.display());
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn owner_and_mode_are_looked_at() {
+        let folder = folder("complaints");
+        let path = folder.join("kmstoken");
+        std::fs::write(&path, "x").unwrap();
+        let me = std::fs::metadata(&path).unwrap().uid();
+        for (mode, uid, parts) in [
+            (0o640, me, &[][..]),
+            (0o400, me, &[]),
+            (0o644, me, &["0644 lets every user"]),
+            (0o641, me, &["every user"]),
+            (0o660, me, &["0660 lets its group replace"]),
+        ] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            let found = complaints(&path, &std::fs::metadata(&path).unwrap(), uid);
+            assert_eq!(found.len(), parts.len(), "{mode:o}: {found:?}");
+            assert!(found.iter().zip(parts).all(|(it, part)| it.contains(part)), "{mode:o}: {found:?}");
+        }
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let file = std::fs::metadata(&path).unwrap();
+        let found = complaints(&path, &file, me + 1);
+        assert_eq!(found.len(), usize::from(me != 0), "root's is fine for everybody: {found:?}");
         std::fs::remove_dir_all(folder).unwrap();
     }
 

@@ -107,6 +107,9 @@ impl Agent {
         raise_descriptor_limit(config.server.max_conn);
         log::info!("kms-agent {} listens on {}", env!("CARGO_PKG_VERSION"), addresses(&listeners));
         log::info!("token: {source}");
+        for complaint in source.complaints() {
+            log::warn!("{complaint}");
+        }
         if token.is_empty() {
             log::warn!("the token is empty: every request that needs one will be refused");
         }
@@ -187,7 +190,7 @@ fn find_token(
     let source = Source::find(&config.server.ssrf_env_variables, env)
         .map_err(|error| StartError(error.to_string()))?;
     if let Source::File { path, default: true } = &source {
-        match token::create_if_missing(path, random) {
+        match token::create_if_missing(path, None, random) {
             Ok(true) => log::info!("token file {} created", path.display()),
             Ok(false) => {}
             Err(error) => return Err(StartError(error.to_string())),

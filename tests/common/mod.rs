@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -144,6 +145,9 @@ impl Setup {
         let folder = Folder::new();
         let ca_file = folder.write("ca.pem", ca_pem);
         let token_file = folder.write("kmstoken", format!("{TOKEN}\n"));
+        // As the agent makes it; later writes leave the mode alone.
+        let mode = fs::Permissions::from_mode(0o640);
+        fs::set_permissions(&token_file, mode).expect("our own file");
         let log_path = folder.join("logs");
         let (keys, env) = (BTreeMap::new(), BTreeMap::new());
         Setup { folder, keys, env, token: TOKEN.into(), raw_config: None, wrapper }
