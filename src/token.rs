@@ -208,7 +208,7 @@ pub fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Crea
         }
         _ => {}
     }
-    if create_if_missing(path, gid, random)? {
+    if link_fresh(path, gid, random)? {
         return Ok(Created::Fresh);
     }
     // Somebody else may have been faster.
@@ -239,11 +239,15 @@ pub fn rotate(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<(), 
     write_fresh(path, gid, random, |temporary| std::fs::rename(temporary, path)).map_err(failed)
 }
 
-/// The same unless `path` is there, whatever it is; `false`: it is.
+/// Makes a token file as [`rotate`] does, unless `path` is there, whatever it is; `false`: it is.
 ///
 /// # Errors
-/// When the folder cannot be written to or the group not be given.
-pub fn create_if_missing(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<bool, TokenError> {
+/// When the folder cannot be written to.
+pub fn create_if_missing(path: &Path, random: &mut Random) -> Result<bool, TokenError> {
+    link_fresh(path, None, random)
+}
+
+fn link_fresh(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<bool, TokenError> {
     if path.exists() {
         return Ok(false);
     }
@@ -366,12 +370,12 @@ mod tests {
         let folder = folder("create");
         let path = folder.join("kmstoken");
         let mut random = Random::from_seed(1);
-        assert!(create_if_missing(&path, None, &mut random).unwrap());
+        assert!(create_if_missing(&path, &mut random).unwrap());
         let token = token_in(&path);
         assert_eq!(token.expose().len(), 64);
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 64, "nothing to be trimmed");
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
-        assert!(!create_if_missing(&path, None, &mut random).unwrap());
+        assert!(!create_if_missing(&path, &mut random).unwrap());
         assert!(matches!(create(&path, None, &mut random).unwrap(), Created::Kept { .. }));
         assert!(token_in(&path).ct_eq(token.expose()));
         rotate(&path, None, &mut random).unwrap();

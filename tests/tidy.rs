@@ -60,6 +60,8 @@ const RULES: &[Rule] = &[
             ("time.rs", "defines it"),
             ("net/mio.rs", "gives the loop its time"),
             ("log/", "retries writing; the time on each line is simplelog's own"),
+            ("cli/local.rs", "commands other than run have no loop that could hand them the time"),
+            ("cli/probe.rs", "likewise"),
         ],
         advice: "only the bottom of the house has a Clock: take a time::Now as a parameter",
     },

@@ -1,5 +1,6 @@
 //! `kms-agent run`: puts the agent together and serves.
 
+use super::{Command, Loaded};
 use crate::broker::Broker;
 use crate::config::{self, AuthType, Config, LogPath};
 use crate::conn::tls;
@@ -26,6 +27,31 @@ use std::sync::Arc;
 /// Descriptors beside those of clients: listeners, upstream, pipes, log, resolver.
 const OTHER_DESCRIPTORS: u64 = 64;
 
+const HELP: &str = "\
+kms-agent run - serve applications on 127.0.0.1 and [::1]
+
+Usage: kms-agent run [--config FILE]
+
+Options:
+  -c, --config FILE    the configuration, TOML; without it config.toml beside the folder of the
+                       binary (/usr/local/alibabacloudkmsagent/config.toml when installed there),
+                       and built-in defaults where that does not exist
+  -h, --help           print this
+
+The token is the value of KMS_TOKEN (or what file:///path in it names), else of the file
+/var/run/kmstoken, made at the first start. The log is ./logs/kms-agent.log; see [Log] LogPath.
+
+Signals:
+  SIGTERM, SIGINT      finish what is in flight (at most 5 s), then end
+  SIGHUP               read the token and CaFile again, reopen the log
+
+Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage or configuration
+";
+
+pub(super) fn parse(parser: &mut lexopt::Parser, config: Option<PathBuf>) -> Result<Command, String> {
+    super::parse_config_only(parser, config, HELP, |config| Command::Run { config })
+}
+
 /// Why the agent did not start; told to the person who started it.
 #[derive(Debug)]
 pub struct StartError(String);
@@ -41,13 +67,9 @@ impl std::error::Error for StartError {}
 /// The command; the result is the exit code.
 #[must_use]
 pub fn main(file: Option<PathBuf>) -> u8 {
-    let file = file.or_else(default_file);
-    let config = match file.as_deref().map_or_else(|| Ok(Config::default()), config::load) {
-        Ok(config) => config,
-        Err(error) => {
-            eprintln!("kms-agent: {error}");
-            return super::USAGE;
-        }
+    let Loaded { config, file } = match super::load(file) {
+        Ok(loaded) => loaded,
+        Err(exit_code) => return exit_code,
     };
     let env = |name: &str| std::env::var_os(name);
     let serve = |agent: Agent| {
@@ -73,7 +95,7 @@ pub fn main(file: Option<PathBuf>) -> u8 {
 }
 
 /// `config.toml` beside the folder of the binary, if it is there.
-fn default_file() -> Option<PathBuf> {
+pub(super) fn default_file() -> Option<PathBuf> {
     let exe = std::env::current_exe().ok()?;
     config::default_path(&exe).filter(|file| file.exists())
 }
@@ -190,7 +212,7 @@ fn find_token(
     let source = Source::find(&config.server.ssrf_env_variables, env)
         .map_err(|error| StartError(error.to_string()))?;
     if let Source::File { path, default: true } = &source {
-        match token::create_if_missing(path, None, random) {
+        match token::create_if_missing(path, random) {
             Ok(true) => log::info!("token file {} created", path.display()),
             Ok(false) => {}
             Err(error) => return Err(StartError(error.to_string())),
@@ -200,7 +222,7 @@ fn find_token(
     Ok((source, token))
 }
 
-fn client_config(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, StartError> {
+pub(super) fn client_config(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, StartError> {
     let pem = match ca_file {
         Some(path) => Some(fs::read(path).map_err(|error| {
             StartError(format!("[KMS] CaFile {}: cannot read it: {}", path.display(), Reason(&error)))
@@ -270,7 +292,7 @@ fn raise_descriptor_limit(connections_max: usize) {
 
 /// Who the agent is to KMS. A method that this version does not have is told at start and by every answer
 /// that would need it: being somebody else instead would be worse than being nobody.
-fn identity(config: &Config, env: &dyn Fn(&str) -> Option<OsString>) -> Identity {
+pub(super) fn identity(config: &Config, env: &dyn Fn(&str) -> Option<OsString>) -> Identity {
     let is_true = |name: &str| env(name).is_some_and(|value| value.eq_ignore_ascii_case("true"));
     let role_from_env =
         || env("ALIBABA_CLOUD_ECS_METADATA")?.into_string().ok().filter(|role| !role.is_empty());

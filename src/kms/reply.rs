@@ -244,7 +244,8 @@ fn without_signed_text(message: &str) -> &str {
 
 /// `text` without what could forge a line of a log or deceive its reader (control, bidirectional and invisible
 /// format characters become spaces), cut at a character's end.
-fn printable(text: &str, bytes_max: usize) -> String {
+#[must_use]
+pub fn printable(text: &str, bytes_max: usize) -> String {
     let is_deceptive = |c: char| {
         c.is_control()
             || matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'

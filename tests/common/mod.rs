@@ -178,6 +178,11 @@ impl Setup {
         self
     }
 
+    /// An `Endpoint` that has no address: `.invalid` is nobody's (RFC 6761 6.4).
+    pub fn no_such_endpoint(self) -> Setup {
+        self.text("KMS", "Endpoint", "kms.invalid")
+    }
+
     /// Sets a variable of the agent's environment.
     pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Setup {
         self.env.insert(name.into(), value.into());

@@ -1,0 +1,328 @@
+//! The steps of a check from this host to KMS.
+
+use super::report::Report;
+use crate::call::{CallError, Service};
+use crate::cli::probe::{Outcome, Prober};
+use crate::cli::{run, status};
+use crate::config::{Config, ENDPOINT_PORT, HostPort, METADATA_PORT};
+use crate::conn::tls;
+use crate::http::response::Response;
+use crate::identity::{IdentityError, Standing};
+use crate::kms::reply::{self, KmsError, Reply};
+use crate::kms::request;
+use crate::kms::sign::Credentials;
+use crate::random::Random;
+use std::io::Write as _;
+use std::rc::Rc;
+
+/// Metadata session tokens asked for here need not live longer (seconds).
+const TOKEN_LIFE_S: u32 = 60;
+/// KMS refuses a request whose time is further off, in seconds.
+const SKEW_MAX_S: u64 = 15 * 60;
+/// From here on the difference is worth a word, in seconds.
+const SKEW_NOTED_S: u64 = 60;
+
+/// The steps from the metadata service to the permission.
+pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) {
+    let tls = run::client_config(config.kms.ca_file.as_deref());
+    let ca_problem = tls.as_ref().err().map(ToString::to_string);
+    let (Ok(tls), Ok(mut random)) = (tls.or_else(|_| tls::client_config(None)), Random::from_system()) else {
+        return report.failed("TLS", "the operating system gives no random bytes");
+    };
+    let prober = Prober::new(tls);
+    let metadata = ask_metadata(&prober, &config.kms.metadata_endpoint);
+    let who = fetch_credentials(&prober, config, &mut random);
+    tell_metadata(config, &metadata, &who, report);
+    tell_credentials(&metadata, &who, &prober, report);
+
+    let metadata_clock = metadata.as_ref().ok().map(|reply| skew(reply.date_unix_s, &prober));
+    let Some(endpoint) = endpoint(config, &who) else {
+        for step in ["DNS", "TCP", "TLS"] {
+            report.skipped(
+                step,
+                "without [KMS] Endpoint or Region, nor the metadata service, where KMS is is not known",
+            );
+        }
+        tell_clock(metadata_clock.flatten(), "the metadata service", report);
+        return report.skipped("permission", "needs the way to KMS");
+    };
+    let made_up = format!("kms-agent-check-{:016x}", random.next_u64());
+    let asking = Asking { endpoint: &endpoint, id: secret.unwrap_or(&made_up), made_up: secret.is_none() };
+    let outcome = asking.call(&prober, who.credentials.as_ref().ok(), None, &mut random);
+    tell_way(config, &endpoint, &outcome, ca_problem.as_deref(), report);
+    let kms_clock = outcome.result.as_ref().ok().and_then(|reply| skew(reply.date_unix_s, &prober));
+    match kms_clock {
+        Some(_) => tell_clock(kms_clock, "KMS", report),
+        None => tell_clock(metadata_clock.flatten(), "the metadata service", report),
+    }
+    let Ok(credentials) = &who.credentials else { return report.skipped("permission", "needs credentials") };
+    let Ok(response) = outcome.result else { return report.skipped("permission", "needs the way to KMS") };
+    let mut reply = reply::parse(asking.id, response, prober.now().unix_s);
+    if let Reply::ClockSkew { server_unix_s: Some(unix_s), .. } = reply {
+        // As the agent does it: once more, by KMS's own clock.
+        let again = asking.call(&prober, Some(credentials), Some(unix_s), &mut random);
+        if let Ok(response) = again.result {
+            reply = reply::parse(asking.id, response, unix_s);
+        }
+    }
+    asking.tell_permission(reply, report);
+}
+
+/// Seconds that this host is ahead of a reply's `Date`.
+fn skew(date_unix_s: Option<i64>, prober: &Prober) -> Option<i64> {
+    date_unix_s.map(|date| prober.now().unix_s.saturating_sub(date))
+}
+
+// ---- Who we are ----
+
+/// The credentials as the agent would get them.
+struct Who {
+    credentials: Result<Rc<Credentials>, IdentityError>,
+    region: Option<String>,
+}
+
+/// Runs the agent's own credential fetch to its first end.
+fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> Who {
+    let mut identity = run::identity(config, &|name| std::env::var_os(name));
+    let origin = &config.kms.metadata_endpoint;
+    let credentials = loop {
+        let now = prober.now().mono;
+        match identity.standing(now) {
+            Standing::Ready(credentials) => break Ok(Rc::clone(credentials)),
+            Standing::Failed { error, .. } => break Err(error.clone()),
+            Standing::Pending => {}
+        }
+        if identity.poll(now) {
+            let outcome = prober.call(Service::Metadata, origin, &mut |out| {
+                identity.write_request(out, &origin.authority(METADATA_PORT));
+                Ok(())
+            });
+            identity.on_answer(outcome.result.as_ref(), prober.now(), random);
+        }
+    };
+    Who { credentials, region: identity.region().map(str::to_owned) }
+}
+
+/// Asks for a session token, as each conversation with the service begins: any answer shows that it is there.
+fn ask_metadata(prober: &Prober, origin: &HostPort) -> Result<Response, CallError> {
+    let write = &mut |out: &mut Vec<u8>| {
+        let _ = write!(
+            out,
+            "PUT /latest/api/token HTTP/1.1\r\nX-aliyun-ecs-metadata-token-ttl-seconds: {TOKEN_LIFE_S}\r\n\
+             Content-Length: 0\r\nHost: {}\r\n\r\n",
+            origin.authority(METADATA_PORT)
+        );
+        Ok(())
+    };
+    prober.call(Service::Metadata, origin, write).result
+}
+
+fn tell_metadata(config: &Config, answer: &Result<Response, CallError>, who: &Who, report: &mut Report) {
+    const STEP: &str = "metadata";
+    let origin = &config.kms.metadata_endpoint;
+    let what = match answer {
+        Ok(reply) if reply.status == 200 => {
+            return report.ok(STEP, format_args!("{origin} gives session tokens"));
+        }
+        Ok(reply) if reply.status < 500 => {
+            return report.ok(STEP, format_args!("{origin} answers (session tokens: {})", reply.status));
+        }
+        Ok(reply) => format!("{origin} answers {}", reply.status),
+        Err(error) => error.to_string(),
+    };
+    if who.credentials.is_ok() && endpoint(config, who).is_some() {
+        return report.ok(STEP, format_args!("not needed with this configuration ({what})"));
+    }
+    report.failed(
+        STEP,
+        format_args!(
+            "{what}. It exists on ECS instances only: let this host's firewall and routes pass it, and look at the \
+             instance's metadata access in the console"
+        ),
+    );
+}
+
+fn tell_credentials(metadata: &Result<Response, CallError>, who: &Who, prober: &Prober, report: &mut Report) {
+    const STEP: &str = "credentials";
+    match &who.credentials {
+        Ok(credentials) => match credentials.expires_unix_s {
+            Some(end) => {
+                let left_s = end.saturating_sub(prober.now().unix_s);
+                let left = status::duration(u64::try_from(left_s).unwrap_or(0));
+                report.ok(STEP, format_args!("there, for another {left}"));
+            }
+            None => report.ok(STEP, "there, without an end"),
+        },
+        Err(IdentityError::Unreachable(_)) if metadata.is_err() => {
+            report.skipped(STEP, "need the metadata service");
+        }
+        Err(error) => report.failed(STEP, error),
+    }
+}
+
+// ---- The way to KMS ----
+
+fn endpoint(config: &Config, who: &Who) -> Option<HostPort> {
+    let region = config.kms.region.as_deref().or(who.region.as_deref());
+    let named =
+        || region.map(|it| HostPort { host: format!("kms-vpc.{it}.aliyuncs.com"), port: ENDPOINT_PORT });
+    config.kms.endpoint.clone().or_else(named)
+}
+
+fn tell_way(
+    config: &Config,
+    endpoint: &HostPort,
+    outcome: &Outcome,
+    ca_problem: Option<&str>,
+    report: &mut Report,
+) {
+    let why = outcome.result.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    if outcome.addresses.is_empty() {
+        report
+            .failed("DNS", format_args!("{why}. Look at [KMS] Endpoint and Region, and at /etc/resolv.conf"));
+        report.skipped("TCP", "needs an address");
+    } else {
+        let addresses: Vec<String> = outcome.addresses.iter().map(|it| it.ip().to_string()).collect();
+        match addresses.join(", ") {
+            itself if itself == endpoint.host => report.ok("DNS", format_args!("{itself} is an address")),
+            addresses => report.ok("DNS", format_args!("{}: {addresses}", endpoint.host)),
+        }
+        match outcome.connected {
+            Some(address) => report.ok("TCP", address),
+            None => report.failed(
+                "TCP",
+                format_args!(
+                    "{why}. Open TCP port {} to it (security group, routes, firewall); a kms-vpc endpoint is reached \
+                     from its own region's VPCs only",
+                    endpoint.port
+                ),
+            ),
+        }
+    }
+    match (ca_problem, outcome.connected) {
+        (Some(problem), _) => {
+            report.failed("TLS", format_args!("{problem}. The agent does not start like this"))
+        }
+        (None, None) => report.skipped("TLS", "needs a connection"),
+        (None, Some(_)) if outcome.secured => match &outcome.result {
+            Err(error) => {
+                report.failed("TLS", format_args!("{error}. Is this KMS, or is something between?"))
+            }
+            Ok(_) => report.ok("TLS", "the certificate verifies"),
+        },
+        (None, Some(_)) => {
+            let advice = match &config.kms.ca_file {
+                Some(file) => format!(
+                    "Is [KMS] CaFile {} the CA of this very endpoint? An instance's CA is in the KMS console. A proxy that opens \
+                     TLS has its own; a wrong clock makes certificates invalid, too",
+                    file.display()
+                ),
+                None => "A proxy that opens TLS, or a wrong clock, can be the cause, too".to_owned(),
+            };
+            report.failed("TLS", format_args!("{why}. {advice}"));
+        }
+    }
+}
+
+fn tell_clock(ahead_s: Option<i64>, of: &str, report: &mut Report) {
+    const STEP: &str = "clock";
+    let Some(ahead_s) = ahead_s else { return report.skipped(STEP, "nobody told a time to compare with") };
+    let off = ahead_s.unsigned_abs();
+    let side = if ahead_s < 0 { "behind" } else { "ahead of" };
+    if off > SKEW_MAX_S {
+        report.failed(
+            STEP,
+            format_args!(
+                "this host's clock is {} min {side} {of}'s, and KMS refuses more than 15. Switch on chrony: \
+                 systemctl enable --now chronyd",
+                off / 60
+            ),
+        );
+    } else if off > SKEW_NOTED_S {
+        report.ok(STEP, format_args!("{off} s {side} {of}'s; correct it before it is more than 15 min"));
+    } else {
+        report.ok(STEP, format_args!("agrees with {of}'s to {off} s"));
+    }
+}
+
+// ---- What KMS says ----
+
+/// The question to KMS.
+struct Asking<'a> {
+    endpoint: &'a HostPort,
+    id: &'a str,
+    /// There is no such secret.
+    made_up: bool,
+}
+
+impl Asking<'_> {
+    /// Signed at `unix_s`, or now; without credentials not signed at all, for the sake of the way there.
+    fn call(
+        &self,
+        prober: &Prober,
+        credentials: Option<&Rc<Credentials>>,
+        unix_s: Option<i64>,
+        random: &mut Random,
+    ) -> Outcome {
+        let host = self.endpoint.authority(ENDPOINT_PORT);
+        let mut write = |out: &mut Vec<u8>| {
+            let Some(credentials) = credentials else {
+                let _ = write!(out, "GET / HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n\r\n");
+                return Ok(());
+            };
+            let unix_s = unix_s.unwrap_or(prober.now().unix_s);
+            let nonce = random.next_u128().to_ne_bytes();
+            request::get_secret_value(out, &host, self.id, None, None, credentials, unix_s, &nonce)
+                .map_err(|error| CallError::unreachable("sign a request for", self.endpoint, error))
+        };
+        prober.call(Service::Kms, self.endpoint, &mut write)
+    }
+
+    fn tell_permission(&self, reply: Reply, report: &mut Report) {
+        const STEP: &str = "permission";
+        let id = self.id;
+        match reply {
+            Reply::Value(_) => report.ok(STEP, format_args!("kms:GetSecretValue of {id} is allowed")),
+            Reply::Refused(error) if error.code == "Forbidden.ResourceNotFound" && self.made_up => report.ok(
+                STEP,
+                "KMS accepts the credentials and says that a made-up secret does not exist; --secret ID looks at one",
+            ),
+            Reply::Refused(error) => report.failed(STEP, format_args!("{error}. {}", self.advice(&error))),
+            Reply::CredentialsRefused(error) => report.failed(
+                STEP,
+                format_args!("KMS does not know these credentials: {error}. They have ended or were revoked"),
+            ),
+            Reply::SignatureRefused(error) => report.failed(
+                STEP,
+                format_args!("KMS does not accept the signature: {error}. Is the access key's secret the right one?"),
+            ),
+            Reply::ClockSkew { error, .. } => {
+                report.failed(STEP, format_args!("{error}. Correct this host's clock"));
+            }
+            Reply::Throttled { error, .. } => report.failed(
+                STEP,
+                format_args!("{error}. The account's calls a second are used up: a larger [Cache] TTLSeconds helps"),
+            ),
+            Reply::Transient { error, .. } => report.failed(STEP, format_args!("{error}. KMS fails: try again later")),
+            Reply::Invalid(what) => report.failed(STEP, format_args!("{what}. Is this KMS, or is something between?")),
+        }
+    }
+
+    fn advice(&self, error: &KmsError) -> String {
+        let id = self.id;
+        match error.code.as_str() {
+            "Forbidden.NoPermission" if self.made_up => "Grant the agent's role kms:GetSecretValue (and kms:Decrypt for \
+                the secret's key). If its policy names single secrets, this is to be expected: look at one with \
+                --secret ID"
+                .to_owned(),
+            "Forbidden.NoPermission" => format!(
+                "Grant the agent's role kms:GetSecretValue on {id}, and kms:Decrypt for the key that it is encrypted with"
+            ),
+            "Forbidden.ResourceNotFound" => {
+                format!("There is no secret {id} in this region: compare its name, and [KMS] Region and Endpoint")
+            }
+            "Forbidden.KeyNotFound" => "The key that the secret is encrypted with is gone".to_owned(),
+            _ => "KMS refuses this secret; the console shows its state".to_owned(),
+        }
+    }
+}

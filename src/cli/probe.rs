@@ -1,0 +1,170 @@
+//! One call to KMS or the metadata service as the agent itself makes it, carried by blocking sockets: the
+//! connection's states, time limits and words for a failure are those of [`Outbound`].
+
+use crate::call::{Call, CallError, CallId, Service};
+use crate::config::HostPort;
+use crate::conn::outbound::{Outbound, Step};
+use crate::http::response::Response;
+use crate::time::{Clock, Now};
+use rustls::ClientConfig;
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+use zeroize::Zeroize as _;
+
+/// A whole call ends within this; the stages' own limits are shorter.
+const CALL_MAX: Duration = Duration::from_secs(15);
+
+/// How far a call came.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    /// What the name stands for; empty where it could not be looked up.
+    pub(super) addresses: Vec<SocketAddr>,
+    /// The address that accepted.
+    pub(super) connected: Option<SocketAddr>,
+    /// A request could be sent: with TLS, the server is who it should be.
+    pub(super) secured: bool,
+    /// The reply.
+    pub(super) result: Result<Response, CallError>,
+}
+
+/// Makes calls.
+pub(super) struct Prober {
+    clock: Clock,
+    tls: Arc<ClientConfig>,
+}
+
+impl Prober {
+    pub(super) fn new(tls: Arc<ClientConfig>) -> Prober {
+        Prober { clock: Clock::start(), tls }
+    }
+
+    pub(super) fn now(&self) -> Now {
+        self.clock.now()
+    }
+
+    /// Makes one call; `request` writes what is to be sent.
+    pub(super) fn call(
+        &self,
+        service: Service,
+        origin: &HostPort,
+        request: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), CallError>,
+    ) -> Outcome {
+        let mut outcome = Outcome {
+            addresses: Vec::new(),
+            connected: None,
+            secured: false,
+            result: Err(CallError::unreachable("reach", origin, "not tried")),
+        };
+        let begun = self.now().mono;
+        let deadline = begun.after(CALL_MAX);
+        let call = Call { id: CallId(0), service, origin: Rc::new(origin.clone()), deadline };
+        let mut conn = Outbound::new(call, begun);
+        let mut step = match look_up(origin, service.timeouts().resolve) {
+            Some(found) => {
+                outcome.addresses = found.clone().unwrap_or_default();
+                conn.on_resolved(&found, self.now().mono)
+            }
+            None => conn.on_time(self.now().mono),
+        };
+        let mut socket: Option<TcpStream> = None;
+        outcome.result = loop {
+            step = match step {
+                Step::Connect(address) => {
+                    socket = None;
+                    match TcpStream::connect_timeout(&address, self.left(&conn)) {
+                        Ok(stream) => {
+                            outcome.connected = Some(address);
+                            socket = Some(stream);
+                            let tls = (service == Service::Kms).then(|| Arc::clone(&self.tls));
+                            conn.on_connected(tls, self.now().mono)
+                        }
+                        Err(error) if is_timeout(&error) => conn.on_time(self.now().mono),
+                        Err(error) => conn.on_connect_failed(&error, self.now().mono),
+                    }
+                }
+                Step::SendRequest => {
+                    outcome.secured = true;
+                    let mut bytes = Vec::new();
+                    let written = request(&mut bytes);
+                    let next = match written {
+                        Ok(()) => {
+                            conn.send(&bytes);
+                            Step::Wait
+                        }
+                        Err(error) => conn.give_up(error),
+                    };
+                    bytes.zeroize();
+                    next
+                }
+                Step::Wait => match &mut socket {
+                    Some(stream) => self.exchange(&mut conn, stream),
+                    None => Step::Closed,
+                },
+                Step::Replied { response, .. } => break Ok(response),
+                Step::Failed(_, error) => break Err(error),
+                Step::Closed | Step::Again(_) => {
+                    break Err(CallError::unreachable("reply of", origin, "the connection was closed"));
+                }
+            };
+        };
+        conn.say_goodbye();
+        if let Some(stream) = &mut socket {
+            // Whether the peer hears it changes nothing.
+            let _ = stream.write_all(conn.pending());
+        }
+        outcome
+    }
+
+    /// Sends what is to be sent, then waits for bytes.
+    fn exchange(&self, conn: &mut Outbound, stream: &mut TcpStream) -> Step {
+        let mut scratch = [0; 16 * 1024];
+        let step = match self.transfer(conn, stream, &mut scratch) {
+            Ok(0) => conn.on_end(None, self.now().mono),
+            Ok(count) => conn.on_bytes(scratch.get(..count).unwrap_or_default(), self.now().mono),
+            Err(error) if is_timeout(&error) => conn.on_time(self.now().mono),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Step::Wait,
+            Err(error) => conn.on_end(Some(&error), self.now().mono),
+        };
+        scratch.zeroize();
+        step
+    }
+
+    fn transfer(&self, conn: &mut Outbound, stream: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
+        while !conn.pending().is_empty() {
+            stream.set_write_timeout(Some(self.left(conn)))?;
+            let count = stream.write(conn.pending())?;
+            conn.on_sent(count);
+        }
+        stream.set_read_timeout(Some(self.left(conn)))?;
+        stream.read(into)
+    }
+
+    /// Until the connection's next deadline; never zero, which sockets refuse.
+    fn left(&self, conn: &Outbound) -> Duration {
+        conn.deadline().since(self.now().mono).max(Duration::from_millis(1))
+    }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
+}
+
+/// The addresses of a name; `None`: no answer in time.
+fn look_up(origin: &HostPort, limit: Duration) -> Option<Result<Vec<SocketAddr>, String>> {
+    let (host, port) = (origin.host.clone(), origin.port);
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Some(Ok(vec![SocketAddr::new(address, port)]));
+    }
+    let (answer, answered) = mpsc::channel();
+    // A look-up cannot be called off: its thread is left behind, and ends with the process.
+    thread::spawn(move || {
+        let found = (host.as_str(), port).to_socket_addrs().map(Iterator::collect);
+        let _ = answer.send(found.map_err(|error| error.to_string()));
+    });
+    answered.recv_timeout(limit).ok()
+}
