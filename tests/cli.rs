@@ -212,8 +212,19 @@ fn exec_runs_nothing_without_its_secrets() {
 fn status_tells_the_four_states() {
     let emulator = emulator(&[("db", DB)]);
     let mut world = World::new(Setup::new(&emulator));
+    world.run(&["get", "db"]).prints(DB);
     let done = world.run(&["status"]);
-    assert_eq!((done.code, done.stdout.lines().next()), (Some(0), Some("Running")), "{}", done.stderr);
+    assert_eq!(done.code, Some(0), "{}", done.stdout);
+    let lines = [
+        "Running\n  version      0.1.0\n".to_owned(),
+        format!("\n  pid          {}\n  uptime       ", world.agent.pid()),
+        "\n  secrets      1 cached, ".to_owned(),
+        "\n  connections  1 of 800\n  KMS          ok since 20".to_owned(),
+        "\n  credentials  ok since 20".to_owned(),
+    ];
+    for part in lines {
+        assert!(done.stdout.contains(&part), "{part}: {}", done.stdout);
+    }
 
     let unknown = |done: Done, part: &str| {
         assert_eq!(done.code, Some(4), "{}", done.stdout);
@@ -308,8 +319,18 @@ fn verdicts(done: &Done) -> Vec<(String, String)> {
     found
 }
 
-/// What a test breaks; undone when the emulator is dropped.
-type Break = fn(&Emulator, Setup) -> Setup;
+/// A broken set-up, and what `check` has to say of it.
+struct Broken {
+    name: &'static str,
+    /// Breaks it; undone when the emulator is dropped.
+    by: fn(&Emulator, Setup) -> Setup,
+    /// The steps that fail.
+    failed: &'static [&'static str],
+    /// Parts of what the first of them says.
+    says: &'static [&'static str],
+    /// The steps that then cannot be tried.
+    skipped: &'static [&'static str],
+}
 
 #[test]
 fn check_names_the_cause() {
@@ -317,86 +338,85 @@ fn check_names_the_cause() {
         Box::leak(Box::new(Squatter::start("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")));
     static PORT: std::sync::OnceLock<u16> = std::sync::OnceLock::new();
     PORT.set(squatter.port).unwrap();
-    // What is broken, how, the steps that fail, what the first of them says, those that are skipped.
-    let table: [(&str, Break, &[&str], &[&str], &[&str]); 8] = [
-        (
-            "port taken",
-            |_, setup| setup.key("Server", "HttpPort", PORT.get().unwrap()),
-            &["port"],
-            &["cli-", "(pid ", "End it, or set another [Server] HttpPort"],
-            &[],
-        ),
-        (
-            "no token",
-            |_, setup| {
+    let table = [
+        Broken {
+            name: "port taken",
+            by: |_, setup| setup.key("Server", "HttpPort", PORT.get().unwrap()),
+            failed: &["port"],
+            says: &["cli-", "(pid ", "End it, or set another [Server] HttpPort"],
+            skipped: &[],
+        },
+        Broken {
+            name: "no token",
+            by: |_, setup| {
                 fs::remove_file(setup.folder.join("kmstoken")).unwrap();
                 setup
             },
-            &["token"],
-            &["kmstoken: it is not there", "kms-agent token create"],
-            &[],
-        ),
-        (
-            "metadata down",
-            |emulator, setup| {
+            failed: &["token"],
+            says: &["kmstoken: it is not there", "kms-agent token create"],
+            skipped: &[],
+        },
+        Broken {
+            name: "metadata down",
+            by: |emulator, setup| {
                 emulator.set_metadata_fault(Some(MetadataFault::Refuse)).unwrap();
                 setup
             },
-            &["metadata"],
-            &["connect 127.0.0.1:", "Connection refused", "ECS instances only"],
-            &["credentials", "permission"],
-        ),
-        (
-            "no role",
-            |emulator, setup| {
+            failed: &["metadata"],
+            says: &["connect 127.0.0.1:", "Connection refused", "ECS instances only"],
+            skipped: &["credentials", "permission"],
+        },
+        Broken {
+            name: "no role",
+            by: |emulator, setup| {
                 emulator.set_role(None);
                 setup
             },
-            &["credentials"],
-            &["no RAM role is attached", "kms:GetSecretValue"],
-            &["permission"],
-        ),
-        (
-            "DNS fails",
-            |_, setup| setup.no_such_endpoint(),
-            &["DNS"],
-            &["resolve kms.invalid:443", "[KMS] Endpoint and Region"],
-            &["TCP", "TLS", "permission"],
-        ),
-        (
-            "wrong CA",
-            |emulator, setup| {
+            failed: &["credentials"],
+            says: &["no RAM role is attached", "kms:GetSecretValue"],
+            skipped: &["permission"],
+        },
+        Broken {
+            name: "DNS fails",
+            by: |_, setup| setup.no_such_endpoint(),
+            failed: &["DNS"],
+            says: &["resolve kms.invalid:443", "[KMS] Endpoint and Region"],
+            skipped: &["TCP", "TLS", "permission"],
+        },
+        Broken {
+            name: "wrong CA",
+            by: |emulator, setup| {
                 emulator.set_kms_mode(KmsMode::Certificate(BadCertificate::OtherCa)).unwrap();
                 setup
             },
-            &["TLS"],
-            &["certificate does not verify", "CaFile"],
-            &["permission"],
-        ),
-        (
-            "no permission",
-            |emulator, setup| {
+            failed: &["TLS"],
+            says: &["certificate does not verify", "CaFile"],
+            skipped: &["permission"],
+        },
+        Broken {
+            name: "no permission",
+            by: |emulator, setup| {
                 emulator.fail_secret("db", 403, "Forbidden.NoPermission");
                 setup
             },
-            &["permission"],
-            &["403 Forbidden.NoPermission", "kms:GetSecretValue on db"],
-            &[],
-        ),
-        (
-            "clock 20 minutes off",
-            |emulator, setup| {
+            failed: &["permission"],
+            says: &["403 Forbidden.NoPermission", "kms:GetSecretValue on db"],
+            skipped: &[],
+        },
+        Broken {
+            name: "clock 20 minutes off",
+            by: |emulator, setup| {
                 emulator.set_clock_offset(20 * 60);
                 setup
             },
-            &["clock"],
-            &["20 min behind KMS's", "chrony"],
-            &[],
-        ),
+            failed: &["clock"],
+            says: &["20 min behind KMS's", "chrony"],
+            skipped: &[],
+        },
     ];
-    for (name, break_it, failed, parts, skipped) in table {
+    for Broken { name, by, failed, says, skipped } in table {
         let emulator = emulator(&[("db", DB)]);
-        let setup = break_it(&emulator, Setup::new(&emulator));
+        let setup = by(&emulator, Setup::new(&emulator));
         let wrap: &[&str] = if name == "DNS fails" { without_dns() } else { &[] };
         let done = check(&setup, &token_of(&setup), &["--secret", "db"], wrap);
         println!("\n== {name}\n{}", done.stdout);
@@ -411,7 +431,7 @@ fn check_names_the_cause() {
             done.stdout
         );
         let first = done.stdout.lines().find(|line| line.starts_with("FAILED")).unwrap();
-        for part in parts {
+        for part in says {
             assert!(first.contains(part), "{name}: {part}: {first}");
         }
         assert_eq!((done.code, done.stderr.as_str()), (Some(1), ""), "{name}");
@@ -441,7 +461,9 @@ fn check_finds_all_well() {
         let done = world.run(more);
         assert!(verdicts(&done).iter().all(|(_, verdict)| verdict == "ok"), "{}", done.stdout);
         assert_eq!((done.code, done.stderr.as_str()), (Some(0), ""));
-        println!("{}", done.stdout);
+        let holder = format!("is held by this agent (pid {}, version 0.1.0)", world.agent.pid());
+        assert!(done.stdout.contains(&holder), "{}", done.stdout);
+        println!("\n== all is well\n{}", done.stdout);
     }
     let setup = Setup::new(&emulator);
     let done = check(&setup, &token_of(&setup), &[], &[]);

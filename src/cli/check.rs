@@ -183,15 +183,19 @@ fn token(config: &Config, running: Running, report: &mut Report) {
         Ok(source) => source,
         Err(error) => return report.failed(STEP, error),
     };
+    let by_default = matches!(source, Source::File { default: true, .. });
     let token = match source.read() {
         Ok(token) => token,
         Err(TokenError::Read(path, error)) => {
             let path = path.display();
             let what = match error.kind() {
-                io::ErrorKind::NotFound => format!(
-                    "token file {path}: it is not there. Do: kms-agent token create --file {path} (the agent makes \
-                     only /var/run/kmstoken by itself, when it starts)"
+                io::ErrorKind::NotFound if by_default => format!(
+                    "token file {path}: it is not there. The agent makes it when it starts; so does: kms-agent token \
+                     create"
                 ),
+                io::ErrorKind::NotFound => {
+                    format!("token file {path}: it is not there. Do: kms-agent token create --file {path}")
+                }
                 io::ErrorKind::PermissionDenied => format!(
                     "token file {path}: permission denied. Run this as root, or join the file's group: ls -l {path}"
                 ),

@@ -193,9 +193,9 @@ impl<'a> Agent<'a> {
     pub(super) fn of(config: &'a Config) -> Result<Agent<'a>, String> {
         let source = Source::find(&config.server.ssrf_env_variables, &|name| std::env::var_os(name))
             .map_err(|error| error.to_string())?;
-        let token = source.read().map_err(|error| error.to_string())?;
+        let token = source.read().map_err(|error| format!("{error}; 'kms-agent check' tells more"))?;
         if token.is_empty() {
-            return Err(format!("the token is empty: {source}"));
+            return Err(format!("{source}: the token is empty; 'kms-agent check' tells more"));
         }
         Ok(Agent { config, source, token })
     }

@@ -130,7 +130,7 @@ fn health(status: &Value, part: &str) -> Option<String> {
     let mut text = match status.pointer(&format!("{part}/ok"))? {
         Value::Bool(true) => "ok".to_owned(),
         Value::Bool(false) => "failing".to_owned(),
-        _ => return Some("not needed so far".to_owned()),
+        _ => return Some("not tried yet".to_owned()),
     };
     let ok = text == "ok";
     if let Some(since) = of("since") {
@@ -182,7 +182,7 @@ mod tests {
         );
         assert_eq!(
             describe(&json!({"kms": {"ok": null}, "pid": "x"})),
-            "Running\n  KMS          not needed so far\n"
+            "Running\n  KMS          not tried yet\n"
         );
     }
 

@@ -40,7 +40,7 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
         for step in ["DNS", "TCP", "TLS"] {
             report.skipped(
                 step,
-                "without [KMS] Endpoint or Region, nor the metadata service, where KMS is is not known",
+                "where KMS is, is not known: neither [KMS] Endpoint nor Region is set, nor learned",
             );
         }
         tell_clock(metadata_clock.flatten(), "the metadata service", report);
