@@ -36,12 +36,20 @@ pub enum XCache {
 
 impl fmt::Display for XCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.write_str(self.as_str())
+    }
+}
+
+impl XCache {
+    /// The header's value.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
             XCache::Hit => "HIT",
             XCache::Miss => "MISS",
             XCache::Refresh => "REFRESH",
             XCache::Stale => "STALE",
-        })
+        }
     }
 }
 
@@ -192,8 +200,8 @@ impl Writer {
             }
         };
         write::begin(out, &self.date, 200, JSON, body.len());
-        write::header(out, "X-Cache", x_cache);
-        write::header(out, "Age", now.since(span.fetched).as_secs());
+        write::header(out, "X-Cache", x_cache.as_str());
+        write::number(out, "Age", now.since(span.fetched).as_secs());
         to.end(out, body);
     }
 
@@ -222,7 +230,7 @@ impl Writer {
             write::header(out, "Allow", "GET, HEAD");
         }
         if let Some(seconds) = failure.retry_after_s {
-            write::header(out, "Retry-After", seconds);
+            write::number(out, "Retry-After", seconds);
         }
         to.end(out, body.as_bytes());
     }

@@ -341,7 +341,6 @@ impl Broker {
             return self.join(key, reader, now, out);
         }
         let persistence = manner.persistence;
-        let known_failing = self.is_known_failing(key, now);
         match self.cache.lookup(key, now) {
             Lookup::Fresh { value, refresh } => {
                 self.metrics.count_lookup(Looked::Hit);
@@ -357,15 +356,14 @@ impl Broker {
                 let content = Content::Failure(Rc::new(Failure::from_kms(error)));
                 Asked::Answered(self.write(&content, manner, now, out))
             }
-            Lookup::Expired(value) if known_failing => {
+            Lookup::Expired(value) => {
                 self.metrics.count_lookup(Looked::Expired);
                 let content = Content::Secret(Rc::clone(&value.body), value.span, XCache::Stale);
+                if !self.is_known_failing(key, now) {
+                    return self.join(key, reader, now, out);
+                }
                 self.refresh(key.to_owned(), now);
                 Asked::Answered(self.write(&content, manner, now, out))
-            }
-            Lookup::Expired(_) => {
-                self.metrics.count_lookup(Looked::Expired);
-                self.join(key, reader, now, out)
             }
             Lookup::Absent => {
                 self.metrics.count_lookup(Looked::Miss);

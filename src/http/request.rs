@@ -259,32 +259,43 @@ fn split_target<'b>(method: &str, target: &'b str) -> Result<Target<'b>, Reject>
 }
 
 /// `pchar` of RFC 3986 3.3 and `/`; what follows a `%` is judged where it is decoded.
-const fn is_path_byte(b: u8) -> bool {
-    is_reg_name_byte(b) || matches!(b, b':' | b'@' | b'/')
+#[expect(clippy::indexing_slicing, reason = "a byte, and 256 places")]
+fn is_path_byte(b: u8) -> bool {
+    CLASSES[b as usize] & PATH != 0
 }
 
 /// `unreserved / pct-encoded / sub-delims` of RFC 3986.
-const fn is_reg_name_byte(b: u8) -> bool {
-    b.is_ascii_alphanumeric()
-        || matches!(
-            b,
-            b'-' | b'.'
-                | b'_'
-                | b'~'
-                | b'%'
-                | b'!'
-                | b'$'
-                | b'&'
-                | b'\''
-                | b'('
-                | b')'
-                | b'*'
-                | b'+'
-                | b','
-                | b';'
-                | b'='
-        )
+#[expect(clippy::indexing_slicing, reason = "a byte, and 256 places")]
+fn is_reg_name_byte(b: u8) -> bool {
+    CLASSES[b as usize] & REG_NAME != 0
 }
+
+const REG_NAME: u8 = 1;
+const PATH: u8 = 2;
+
+/// What each byte may be. Every byte of every target is looked up here.
+#[expect(clippy::indexing_slicing, reason = "made by the compiler, indices below 256")]
+static CLASSES: [u8; 256] = {
+    let mut classes = [0; 256];
+    let mut b = 0;
+    while b < 256 {
+        #[expect(clippy::cast_possible_truncation, reason = "below 256")]
+        if (b as u8).is_ascii_alphanumeric() {
+            classes[b] = REG_NAME | PATH;
+        }
+        b += 1;
+    }
+    let marks = b"-._~%!$&'()*+,;=";
+    b = 0;
+    while b < marks.len() {
+        classes[marks[b] as usize] = REG_NAME | PATH;
+        b += 1;
+    }
+    classes[b':' as usize] = PATH;
+    classes[b'@' as usize] = PATH;
+    classes[b'/' as usize] = PATH;
+    classes
+};
 
 /// The host of `uri-host [ ":" port ]` (RFC 9110 7.2), brackets kept; `None` if it is malformed.
 fn host_of(authority: &str) -> Option<&str> {

@@ -283,12 +283,27 @@ impl<N: Net> Server<N> {
             End::Last { linger } => State::Closing { linger },
         };
         let open = self.send(token, conn, &out);
-        out.as_mut_slice().zeroize();
-        self.out = out;
+        self.put_out_back(out);
         if matches!(conn.state, State::Head { .. }) {
             self.limit_head_bytes(conn);
         }
         open
+    }
+
+    /// The reply scratch goes back. It is wiped at the end of the tick, once for all replies that were written
+    /// over one another in it.
+    fn put_out_back(&mut self, out: Vec<u8>) {
+        self.out_used = self.out_used.max(out.len());
+        self.out = out;
+    }
+
+    /// Leaves no secret in the reply scratch.
+    pub(super) fn wipe_out(&mut self) {
+        self.out.clear();
+        self.out.resize(self.out_used, 0);
+        self.out.as_mut_slice().zeroize();
+        self.out.clear();
+        self.out_used = 0;
     }
 
     fn answer(
@@ -377,8 +392,7 @@ impl<N: Net> Server<N> {
                     _ => State::Paused { rest },
                 };
                 open = self.send(token, &mut conn, &out);
-                out.as_mut_slice().zeroize();
-                self.out = out;
+                self.put_out_back(out);
                 if open {
                     open = self.resume_paused(token, &mut conn);
                 }

@@ -101,8 +101,10 @@ pub struct Server<N> {
     deadline_floor: Mono,
     /// Bytes are read into this, whoever sends them.
     scratch: Box<[u8]>,
-    /// Replies are written into this before they go out, and wiped from it after.
+    /// Replies are written into this before they go out, and wiped from it at the end of the tick.
     out: Vec<u8>,
+    /// So much of it was written to in this tick.
+    out_used: usize,
     refusals: RateLimit,
     accept_failures: RateLimit,
     /// Set once SIGTERM came: when patience ends.
@@ -137,6 +139,7 @@ impl<N: Net> Server<N> {
             deadline_floor: Mono::NEVER,
             scratch: vec![0; SCRATCH_BYTES].into_boxed_slice(),
             out: Vec::with_capacity(OUT_BYTES),
+            out_used: 0,
             refusals: RateLimit::new(REFUSALS_LOGGED.0, REFUSALS_LOGGED.1),
             accept_failures: RateLimit::new(1, 1),
             drain_until: None,
@@ -187,10 +190,16 @@ impl<N: Net> Server<N> {
                 None => break,
             }
         }
+        self.wipe_out();
         #[cfg(debug_assertions)]
         self.broker.check_invariants();
         self.host.on_tick_end();
         Ok(!self.is_done())
+    }
+
+    /// The network, for whoever plays it: the benches.
+    pub fn net_mut(&mut self) -> &mut N {
+        &mut self.net
     }
 
     /// Connections of clients that are open now.
