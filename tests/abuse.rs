@@ -363,6 +363,31 @@ fn unfinished_heads_together_hold_little_memory() {
     finish(agent);
 }
 
+#[test]
+fn who_never_reads_makes_room_after_a_second() {
+    const MAX: usize = 4;
+    let emulator = emulator(&[("a", "1")]);
+    let agent = capped(&emulator, MAX);
+    agent.secret("a");
+    let mut hoarders: Vec<TcpStream> = (0..MAX).map(|_| connect_small(&agent)).collect();
+    let stuffed = Instant::now();
+    thread::scope(|scope| {
+        for stream in &mut hoarders {
+            scope.spawn(|| stuff(stream, PING.repeat(1000).as_bytes()));
+        }
+    });
+    let secret = agent.head("/v1/a");
+    let reply = wait_for("one of them makes room", || {
+        let (reply, _) = served(&agent, &secret);
+        (reply.status != 429).then_some(reply)
+    });
+    // Before the deadline of those that do not read.
+    assert_eq!(reply.verdict(), "200 HIT");
+    assert!(stuffed.elapsed() < seconds(9), "{:?}", stuffed.elapsed());
+    drop(hoarders);
+    finish(agent);
+}
+
 /// Without a token, too: a ping is enough.
 #[test]
 fn many_that_ask_and_never_read_hold_little_memory() {

@@ -21,6 +21,8 @@ pub const WRITE_LIFE: Duration = Duration::from_secs(10);
 pub const LINGER_LIFE: Duration = Duration::from_secs(1);
 /// At the cap, a head may be unfinished for so long after its connection was accepted.
 pub const HEAD_GRACE: Duration = Duration::from_secs(1);
+/// At the cap, a client may leave its replies unread for so long.
+pub const UNREAD_GRACE: Duration = Duration::from_secs(1);
 /// Bytes read from a client in one go: many requests fit, and what is read of a client that does not read its
 /// replies is all that it can make us hold.
 pub const READ_BYTES: usize = 4 * 1024;
@@ -85,7 +87,7 @@ pub struct Inbound {
     pub half_closed: bool,
     /// An event told of that end, which may be still to be read: no further event will.
     pub end_ahead: bool,
-    /// Reply bytes that the socket did not take yet, and until when it has to.
+    /// Reply bytes that the socket did not take yet, and since when.
     pub unsent: Option<(Buf, Mono)>,
 }
 
@@ -124,7 +126,7 @@ impl Inbound {
         };
         match &self.unsent {
             // A client whose replies are unsent is not read either: its head's time does not run.
-            Some((_, until)) => *until,
+            Some((_, since)) => since.after(WRITE_LIFE),
             None => state,
         }
     }
@@ -139,11 +141,12 @@ impl Inbound {
     /// At the cap: how gladly it makes room at `now`, the smallest first; `None`: it is busy.
     ///
     /// Connections that are as good as closed go first, then keep-alive ones (longest idle first), then
-    /// heads that are unfinished [`HEAD_GRACE`] after their connection was accepted (oldest first).
+    /// heads that are unfinished [`HEAD_GRACE`] after their connection was accepted (oldest first), then clients
+    /// whose replies wait for [`UNREAD_GRACE`] to be read (longest first): who asks and never reads needs no token.
     #[must_use]
     pub fn makes_room(&self, now: Mono) -> Option<(u8, Mono)> {
-        if self.unsent.is_some() {
-            return None;
+        if let Some((_, since)) = &self.unsent {
+            return (now >= since.after(UNREAD_GRACE)).then_some((3, *since));
         }
         match (&self.state, self.idle_since) {
             (State::Lingering { until }, _) => Some((0, *until)),
@@ -158,9 +161,10 @@ impl Inbound {
     /// When [`Inbound::makes_room`] may change by itself.
     #[must_use]
     pub fn makes_room_at(&self) -> Mono {
-        match self.state {
-            State::Idle | State::Head { .. } => self.accepted.after(HEAD_GRACE),
-            _ => Mono::NEVER,
+        match (&self.unsent, &self.state) {
+            (Some((_, since)), _) => since.after(UNREAD_GRACE),
+            (None, State::Idle | State::Head { .. }) => self.accepted.after(HEAD_GRACE),
+            (None, _) => Mono::NEVER,
         }
     }
 
@@ -193,7 +197,7 @@ mod tests {
         assert_eq!(conn.deadline(), at(76_000));
         conn.state = State::Closing { linger: true };
         assert_eq!(conn.deadline(), Mono::NEVER);
-        conn.unsent = Some((Inbound::input(), at(11_000)));
+        conn.unsent = Some((Inbound::input(), at(1_000)));
         assert_eq!(conn.deadline(), at(11_000));
         assert!(!conn.wants_bytes());
     }
@@ -210,6 +214,8 @@ mod tests {
             State::Waiting { rest: Inbound::input(), pending: Pending { shown: "".into(), since: at(0) } };
         assert_eq!(Inbound { state: waiting, ..Inbound::new(true, at(0)) }.makes_room(at(9000)), None);
         let unread = Inbound { unsent: Some((Inbound::input(), at(1))), ..Inbound::new(false, at(0)) };
-        assert_eq!(unread.makes_room(at(9000)), None, "a reply is on its way");
+        assert_eq!(unread.makes_room(at(1000)), None, "a reply is on its way");
+        assert_eq!(unread.makes_room_at(), at(1001));
+        assert_eq!(unread.makes_room(at(1001)), Some((3, at(1))));
     }
 }

@@ -3,7 +3,7 @@
 use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server};
 use crate::broker::{Answer, Asked, ClientId, Done};
 use crate::buf::Buf;
-use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, READ_BYTES, State, WRITE_LIFE};
+use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, READ_BYTES, State};
 use crate::http::request::{Parsed, Request, asks_for_head, header_room, parse};
 use crate::http::write::Persistence;
 use crate::log::{Reason, escape};
@@ -434,13 +434,13 @@ impl<N: Net> Server<N> {
     /// Sends what is unsent, then `more`. `false`: the connection is at its end.
     fn send(&mut self, token: Token, conn: &mut Inbound, mut more: &[u8]) -> bool {
         let sends = !more.is_empty() || conn.unsent.is_some();
-        if let Some((mut unsent, until)) = conn.unsent.take() {
+        if let Some((mut unsent, since)) = conn.unsent.take() {
             while !unsent.is_empty() {
                 match self.net.write(token, unsent.as_slice()) {
                     Ok(count) => unsent.consume(count),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         let fits = unsent.extend(more).is_ok();
-                        conn.unsent = Some((unsent, until));
+                        conn.unsent = Some((unsent, since));
                         return fits;
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -454,7 +454,7 @@ impl<N: Net> Server<N> {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let mut unsent = Buf::with_max(UNSENT_BYTES_MAX);
                     let fits = unsent.extend(more).is_ok();
-                    conn.unsent = Some((unsent, self.now.mono.after(WRITE_LIFE)));
+                    conn.unsent = Some((unsent, self.now.mono));
                     return fits;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
