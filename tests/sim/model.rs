@@ -17,6 +17,8 @@ const FIRST_BYTE_US: u64 = 10 * SECOND;
 const HEAD_US: u64 = 5 * SECOND;
 const IDLE_US: u64 = 75 * SECOND;
 const WRITE_US: u64 = 10 * SECOND;
+/// At the cap, replies may wait so long to be read.
+const UNREAD_US: u64 = SECOND;
 const LINGER_US: u64 = SECOND;
 const DRAIN_US: u64 = 5 * SECOND;
 const READER_BUDGET_US: u64 = 8 * SECOND;
@@ -791,10 +793,14 @@ impl World {
         let write_overdue = talk.blocked.is_some_and(|at| self.now_us >= at.us + WRITE_US);
         let drained = self.terminated.is_some_and(|at| self.now_us >= at.us + DRAIN_US);
         let gone = conn.reset;
+        let made_room =
+            self.open_clients() >= self.set.connections_max || self.model.no_descriptor_us == self.now_us;
+        let unread_at_cap = made_room && talk.blocked.is_some_and(|at| self.now_us >= at.us + UNREAD_US);
         if talk.said_close.is_none()
             && (talk.owed() > 0 || !talk.reply.is_empty())
             && !gone
             && !write_overdue
+            && !unread_at_cap
             && !drained
         {
             self.fail(format!("connection {id} is closed and owes {} replies", talk.owed()));
@@ -805,8 +811,6 @@ impl World {
         let conn = &self.conns[id];
         let talk = &conn.talk;
         let deadline = self.deadline_us(id).filter(|(at, _)| self.now_us >= *at);
-        let made_room =
-            self.open_clients() >= self.set.connections_max || self.model.no_descriptor_us == self.now_us;
         let rightly = talk.said_close.is_some()
             || gone
             || conn.fin
