@@ -25,7 +25,8 @@ const CASES: [(&str, ResponseType); 3] =
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     if let Some(at) = arguments.iter().position(|it| it == "--rounds") {
-        let (case, rounds) = (arguments[at + 1].parse::<usize>().unwrap(), arguments[at + 2].parse().unwrap());
+        let (case, rounds) =
+            (arguments[at + 1].parse::<usize>().unwrap(), arguments[at + 2].parse().unwrap());
         Agent::start(CASES[case].1).serve(rounds);
         return ExitCode::SUCCESS;
     }
@@ -49,7 +50,10 @@ fn main() -> ExitCode {
     if arguments.iter().any(|it| it == "--bless") {
         std::fs::write(&file, lines).unwrap();
     } else if failed {
-        println!("more than {GROWTH_MAX} % above {}: make it cheaper, or bless it with a reason", file.display());
+        println!(
+            "more than {GROWTH_MAX} % above {}: make it cheaper, or bless it with a reason",
+            file.display()
+        );
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

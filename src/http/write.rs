@@ -39,7 +39,8 @@ pub enum Persistence {
 /// Begins a reply: status line, `Content-Type`, `Content-Length`, `Date` and `Cache-Control`.
 pub fn begin(out: &mut Vec<u8>, date: &Date, status: u16, content_type: &str, content_length: usize) {
     let mut digits = itoa::Buffer::new();
-    for part in ["HTTP/1.1 ", digits.format(status), " ", reason(status), "\r\nContent-Type: ", content_type] {
+    for part in ["HTTP/1.1 ", digits.format(status), " ", reason(status), "\r\nContent-Type: ", content_type]
+    {
         out.extend_from_slice(part.as_bytes());
     }
     number(out, "\r\nContent-Length", content_length as u64);
