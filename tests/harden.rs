@@ -292,6 +292,8 @@ fn what_is_evicted_rotated_or_renewed_leaves_no_trace_in_memory() {
 
     emulator.revoke_credentials();
     assert_eq!(agent.secret("next").status, 200);
+    // The last that is read of the old token, so that nothing longer takes its place.
+    assert_eq!(agent.secret("next").verdict(), "200 HIT");
     agent.folder.write("kmstoken", new_token.text());
     agent.token = new_token.text();
     wait_until("the new token works", || agent.secret("next").status == 200);

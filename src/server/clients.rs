@@ -1,6 +1,6 @@
 //! The clients' side of the loop: accept, read, ask, write, close.
 
-use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server};
+use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server, wipe};
 use crate::broker::{Answer, Asked, ClientId, Done};
 use crate::buf::Buf;
 use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, READ_BYTES, State};
@@ -240,6 +240,7 @@ impl<N: Net> Server<N> {
                 Ok(0) => conn.half_closed = true,
                 Ok(count) => {
                     let _ = rest.extend(self.scratch.get(..count).unwrap_or_default());
+                    wipe(&mut self.scratch, count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return,
@@ -249,7 +250,7 @@ impl<N: Net> Server<N> {
 
     /// `count` bytes of a client's lie in the scratch buffer. `ended`: they are its last.
     fn on_bytes(&mut self, token: Token, conn: &mut Inbound, count: usize, ended: bool) -> bool {
-        let scratch = std::mem::take(&mut self.scratch);
+        let mut scratch = std::mem::take(&mut self.scratch);
         let fresh = scratch.get(..count).unwrap_or_default();
         let open = match std::mem::replace(&mut conn.state, State::Idle) {
             State::Idle => self.serve(token, conn, fresh, self.now.mono.after(HEAD_LIFE), ended),
@@ -263,6 +264,7 @@ impl<N: Net> Server<N> {
                 true
             }
         };
+        wipe(&mut scratch, count);
         self.scratch = scratch;
         open
     }

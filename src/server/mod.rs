@@ -99,7 +99,7 @@ pub struct Server<N> {
     unfinished: Vec<(Token, Readiness)>,
     /// No connection's deadline lies before this.
     deadline_floor: Mono,
-    /// Bytes are read into this, whoever sends them.
+    /// Bytes are read into this, whoever sends them, and wiped from it after.
     scratch: Box<[u8]>,
     /// Replies are written into this before they go out, and wiped from it at the end of the tick.
     out: Vec<u8>,
@@ -309,6 +309,13 @@ impl<N: Net> Server<N> {
         for token in upstream {
             self.on_outbound_time(token);
         }
+    }
+}
+
+/// Wipes what was read into the scratch. It outlives every request, so the compiler cannot leave this out.
+fn wipe(scratch: &mut [u8], count: usize) {
+    if let Some(used) = scratch.get_mut(..count) {
+        used.fill(0);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The other side of the loop: connections to KMS and the metadata service.
 
-use super::Server;
+use super::{Server, wipe};
 use crate::call::{Call, Service};
 use crate::conn::outbound::{Outbound, Step};
 use crate::net::{Net, Readiness, Token};
@@ -123,7 +123,10 @@ impl<N: Net> Server<N> {
                 Ok(0) => return conn.on_end(None, self.now.mono),
                 Ok(count) => {
                     let bytes = self.scratch.get(..count).unwrap_or_default();
-                    match conn.on_bytes(bytes, self.now.mono) {
+                    let step = conn.on_bytes(bytes, self.now.mono);
+                    // From the metadata service they are credentials in the clear.
+                    wipe(&mut self.scratch, count);
+                    match step {
                         Step::Wait => {}
                         // The request's own replies come with an edge of their own, unless they are here.
                         Step::SendRequest => match self.write_request(conn) {
