@@ -70,6 +70,15 @@ impl Clock {
     }
 }
 
+impl Clock {
+    /// The wall clock, in milliseconds since 1970 (UTC); 0 before that.
+    #[must_use]
+    pub fn unix_ms(&self) -> u64 {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(unix.as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

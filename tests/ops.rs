@@ -4,12 +4,15 @@
 
 mod common;
 
-use common::{Agent, Reply, Setup, emulator, secret_target, tool, wait_until};
+use common::{Agent, DEADLINE, Reply, Setup, emulator, secret_target, tool, wait_until};
 use kms_emulator::{Emulator, KmsMode, MetadataFault, NewSecret, Options, Throttle};
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// All samples by name and labels, as Prometheus would read them: without a token.
 #[track_caller]
@@ -351,4 +354,144 @@ fn status_says_why_there_are_no_credentials() {
     assert!(!metrics(&agent).contains_key("kms_agent_credential_expiry_timestamp_seconds"));
     emulator.set_metadata_fault(None).unwrap();
     wait_until("it heals", || status(&agent)["credentials"]["ok"] == true);
+}
+
+// ---- systemd ----
+
+/// What is told to a service manager that the agent was given, one datagram after another.
+struct Manager(UnixDatagram);
+
+impl Manager {
+    /// Listens in the folder of an agent that is to be started.
+    fn for_agent(setup: Setup) -> (Setup, Manager) {
+        let path = setup.folder.join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        (setup.env("NOTIFY_SOCKET", path), Manager(socket))
+    }
+
+    #[track_caller]
+    fn told(&self) -> String {
+        let mut bytes = [0; 4096];
+        let count = self.0.recv(&mut bytes).expect("the agent tells something");
+        String::from_utf8(bytes[..count].to_vec()).unwrap()
+    }
+}
+
+#[test]
+fn the_service_manager_is_told_what_goes_on() {
+    let emulator = emulator(&[]);
+    let (setup, manager) = Manager::for_agent(Setup::new(&emulator));
+    let mut agent = setup.start();
+    let ready = format!("READY=1\nSTATUS=serving on port {}\n", agent.port);
+    assert_eq!(manager.told(), ready);
+    assert_eq!(agent.get_with("/ping", &[]).status, 200, "it does listen");
+    agent.signal(Signal::HUP);
+    let reloading = manager.told();
+    let monotonic_us = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().trim();
+    assert!(monotonic_us.parse::<u64>().unwrap() > 0, "{reloading}");
+    assert_eq!(manager.told(), ready);
+    assert!(agent.stop().success());
+    assert_eq!(manager.told(), "STOPPING=1\nSTATUS=finishing 0 connections\n");
+}
+
+#[test]
+fn the_loop_itself_feeds_the_watchdog() {
+    let emulator = emulator(&[]);
+    let (setup, manager) = Manager::for_agent(Setup::new(&emulator).env("WATCHDOG_USEC", "200000"));
+    let begun = Instant::now();
+    let agent = setup.start();
+    assert!(manager.told().starts_with("READY=1\n"));
+    // Nobody asks it anything: the loop wakes for this alone.
+    for _ in 0..4 {
+        assert_eq!(manager.told(), "WATCHDOG=1\n");
+    }
+    // The first is due at once, the others 100 ms apart.
+    assert!(begun.elapsed() >= Duration::from_millis(290), "half of what is allowed, and no oftener");
+    // A process that stands still gives no sign of life.
+    agent.signal(Signal::STOP);
+    manager.0.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let sent_before = std::iter::from_fn(|| manager.0.recv(&mut [0; 64]).ok()).take(1000).count();
+    assert!(sent_before < 1000, "it goes on");
+    manager.0.set_read_timeout(Some(DEADLINE)).unwrap();
+    agent.signal(Signal::CONT);
+    assert_eq!(manager.told(), "WATCHDOG=1\n");
+}
+
+#[test]
+fn a_service_manager_that_does_not_listen_is_no_reason_to_end() {
+    let emulator = emulator(&[]);
+    let gone = common::Folder::new();
+    let agent = Setup::new(&emulator).env("NOTIFY_SOCKET", gone.join("nobody")).start();
+    assert_eq!(agent.get_with("/ping", &[]).status, 200);
+    agent.wait_for_log("cannot tell the service manager: No such file or directory");
+}
+
+// ---- Log and signals ----
+
+#[test]
+fn a_file_size_limit_is_survived_as_a_full_disk_is() {
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Agent::start(&emulator);
+    let limit = Rlimit { current: Some(2048), maximum: Some(2048) };
+    prlimit(Some(Pid::from_raw(i32::try_from(agent.pid()).unwrap()).unwrap()), Resource::Fsize, limit)
+        .unwrap();
+    // The kernel's signal for it, SIGXFSZ, would end the process.
+    wait_until("the log is full", || {
+        assert_eq!(agent.secret("a").data(), "1");
+        agent.stderr().contains("cannot write the log: File too large")
+    });
+    assert_eq!(agent.secret("a").verdict(), "200 HIT");
+}
+
+#[test]
+fn a_standard_error_that_nobody_reads_any_more_is_survived() {
+    // SIGPIPE would end the process.
+    let emulator = emulator(&[("a", "1")]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let agent = Setup::new(&emulator).stderr_to(writer).start();
+    drop(reader);
+    for _ in 0..3 {
+        assert_eq!(agent.get_with("/v1/a", &[]).status, 403);
+    }
+    agent.wait_for_log("403 InvalidToken");
+    assert_eq!(agent.secret("a").data(), "1");
+}
+
+#[test]
+fn a_removed_log_folder_is_survived_and_told() {
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Agent::start(&emulator);
+    std::fs::remove_dir_all(agent.folder.join("logs")).unwrap();
+    // Landlock forbids to make it again; without Landlock it is made again.
+    wait_until("standard error says it, or there is a new one", || {
+        assert_eq!(agent.secret("a").data(), "1");
+        agent.stderr().contains("cannot write the log") || agent.log().contains("200 HIT")
+    });
+    assert_eq!(agent.secret("a").verdict(), "200 HIT");
+}
+
+#[test]
+fn refusals_in_a_flood_are_counted_and_not_written() {
+    let emulator = emulator(&[]);
+    let agent = Agent::start(&emulator);
+    let before = agent.log().len();
+    let begun = Instant::now();
+    let mut connection = agent.connect();
+    let head = common::http::head("GET", &format!("/v1/{}", "x".repeat(4000)), &[]);
+    for _ in 0..2000 {
+        connection.send(&head);
+        assert_eq!(connection.reply().unwrap().status, 403);
+    }
+    let seconds = begun.elapsed().as_secs() + 1;
+    let lines = agent.log().lines().filter(|line| line.contains("InvalidToken")).count();
+    // 20 at once, and 5 a second.
+    assert!(lines >= 20 && lines as u64 <= 20 + 5 * seconds, "{lines} in {seconds} s");
+    assert!((agent.log().len() - before) < 400 * lines + 200, "each of them cut");
+    // Which of them: the next one that is let through says how many were not.
+    wait_until("the rest is counted", || {
+        agent.get_with("/v1/a", &[]);
+        agent.log().contains(" like it left out)")
+    });
+    assert!(metrics(&agent)["kms_agent_requests_total{route=\"gate\",result=\"InvalidToken\"}"] >= 2000.0);
 }

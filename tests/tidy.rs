@@ -59,7 +59,7 @@ const RULES: &[Rule] = &[
         allowed: &[
             ("time.rs", "defines it"),
             ("net/mio.rs", "gives the loop its time"),
-            ("log/", "retries writing; the time on each line is simplelog's own"),
+            ("log/", "retries writing, and puts the time on each line"),
             ("cli/local.rs", "commands other than run have no loop that could hand them the time"),
             ("cli/probe.rs", "likewise"),
         ],

@@ -8,6 +8,7 @@ mod local;
 mod probe;
 pub mod run;
 pub mod status;
+mod systemd;
 pub mod token;
 
 use crate::config::{self, Config};

@@ -1,5 +1,6 @@
 //! `kms-agent run`: puts the agent together and serves.
 
+use super::systemd::{self, Watchdog};
 use super::{Command, Loaded};
 use crate::broker::Broker;
 use crate::config::{self, AuthType, Config, LogPath};
@@ -13,6 +14,7 @@ use crate::net::mio::{MioNet, listen};
 use crate::random::Random;
 use crate::secret::Secret;
 use crate::server::{Host, Parts, Server, TokenSource};
+use crate::time::Mono;
 use crate::token::{self, Source, Watch};
 use rustix::process::{Resource, Rlimit};
 use rustls::ClientConfig;
@@ -141,6 +143,7 @@ impl Agent {
         }
         let net = MioNet::new(listeners)
             .map_err(|error| StartError(format!("cannot start: {}", Reason(&error))))?;
+        let watchdog = Watchdog::from_env(net.now().mono);
         let identity = identity(config, env);
         let mut broker = Broker::new(config, token.duplicate(), identity, random);
         broker.set_process(std::process::id(), net.now());
@@ -150,7 +153,7 @@ impl Agent {
             connections_max: config.server.max_conn,
             tls: Some(tls),
             tokens: Box::new(Watch::new(source, token)),
-            host: Box::new(Process { log, ca_file }),
+            host: Box::new(Process { log, ca_file, port, watchdog }),
         });
         if let Some(harden) = harden {
             harden.restrict_calls();
@@ -169,6 +172,7 @@ impl Agent {
     /// # Errors
     /// When the kernel gives no more events.
     pub fn serve(mut self) -> Result<(), StartError> {
+        systemd::ready(self.port);
         self.server.run().map_err(|error| StartError(format!("cannot go on: {}", Reason(&error))))?;
         log::info!("ended");
         Ok(())
@@ -185,6 +189,8 @@ impl TokenSource for Watch {
 struct Process {
     log: LogHandle,
     ca_file: Option<PathBuf>,
+    port: u16,
+    watchdog: Watchdog,
 }
 
 impl Host for Process {
@@ -193,14 +199,26 @@ impl Host for Process {
     }
 
     fn on_reload(&mut self) -> Option<Arc<ClientConfig>> {
+        systemd::reloading();
         self.log.reopen();
-        match client_config(self.ca_file.as_deref()) {
-            Ok(tls) => Some(tls),
-            Err(error) => {
-                log::error!("{error}; what was trusted before stays trusted");
-                None
-            }
+        let tls = client_config(self.ca_file.as_deref());
+        if let Err(error) = &tls {
+            log::error!("{error}; what was trusted before stays trusted");
         }
+        systemd::ready(self.port);
+        tls.ok()
+    }
+
+    fn on_drain(&mut self, connections: usize) {
+        systemd::stopping(connections);
+    }
+
+    fn watchdog_due(&self) -> Mono {
+        self.watchdog.due()
+    }
+
+    fn on_alive(&mut self, now: Mono) {
+        self.watchdog.beat(now);
     }
 }
 

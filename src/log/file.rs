@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::text::{Prefix, Stamp};
 use super::{
     BACKUP_FILES_MAX, BUFFER_BYTES_MAX, FILE_MODE, FILE_NAME, FOLDER_MODE, RETRY_INTERVAL, Reason, Settings,
 };
@@ -18,6 +19,10 @@ use crate::time::Mono;
 pub(super) struct Lines {
     pub(super) out: Box<dyn Output>,
     pub(super) buffer: Vec<u8>,
+    prefix: Prefix,
+    stamp: Stamp,
+    /// A line that found no room in the buffer.
+    late: Vec<u8>,
     state: State,
     /// Lines that were dropped since the start.
     pub(super) lost: u64,
@@ -46,17 +51,39 @@ pub(super) enum Notice {
 }
 
 impl Lines {
-    pub(super) fn new(out: Box<dyn Output>) -> Lines {
-        Lines { out, buffer: Vec::new(), state: State::Writing, lost: 0, notice: None }
+    pub(super) fn new(out: Box<dyn Output>, prefix: Prefix) -> Lines {
+        Lines {
+            out,
+            buffer: Vec::new(),
+            prefix,
+            stamp: Stamp::default(),
+            late: Vec::new(),
+            state: State::Writing,
+            lost: 0,
+            notice: None,
+        }
     }
 
-    /// Takes a line if there is room for it.
-    pub(super) fn push(&mut self, line: &[u8]) -> bool {
-        let fits = self.buffer.len().saturating_add(line.len()) <= BUFFER_BYTES_MAX;
-        if fits {
-            self.buffer.extend_from_slice(line);
+    /// Has a line written to the buffer's end. `false`: it found no room, and waits for [`Lines::retry`].
+    pub(super) fn put(&mut self, write: impl FnOnce(&mut Vec<u8>, &mut Stamp, Prefix)) -> bool {
+        let begin = self.buffer.len();
+        write(&mut self.buffer, &mut self.stamp, self.prefix);
+        let fits = self.buffer.len() <= BUFFER_BYTES_MAX;
+        if !fits {
+            self.late.clear();
+            self.late.extend(self.buffer.drain(begin..));
         }
         fits
+    }
+
+    /// Makes room for the line that found none, or counts it as lost.
+    pub(super) fn retry(&mut self, now: Mono) {
+        self.flush(now);
+        if self.buffer.len().saturating_add(self.late.len()) <= BUFFER_BYTES_MAX {
+            self.buffer.append(&mut self.late);
+        } else {
+            self.lost = self.lost.saturating_add(1);
+        }
     }
 
     /// Writes what it can. What it cannot, it keeps for the next try.

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::file::*;
+use super::text::Stamp;
 use super::*;
 use crate::time::Mono;
 
@@ -226,14 +227,15 @@ fn writing_goes_on_where_it_failed() {
     };
     let written = Arc::clone(&script.written);
     let written = || String::from_utf8(written.lock().unwrap().clone()).unwrap();
-    let mut lines = Lines::new(Box::new(script));
+    let mut lines = Lines::new(Box::new(script), Prefix::Time);
+    let push = |lines: &mut Lines, line: &[u8]| lines.put(|buffer, _, _| buffer.extend_from_slice(line));
 
-    assert!(lines.push(b"first line\n"));
+    assert!(push(&mut lines, b"first line\n"));
     lines.flush(at(10));
     assert_eq!(written(), "first");
     assert_eq!(lines.notice.take(), Some(Notice::Failing("no storage space".to_owned())));
 
-    assert!(lines.push(b"second\n"));
+    assert!(push(&mut lines, b"second\n"));
     lines.flush(at(10));
     lines.flush(Mono::from_micros(10_999_999));
     assert_eq!(written(), "first", "no second try within the second");
@@ -247,20 +249,22 @@ fn writing_goes_on_where_it_failed() {
 
 #[test]
 fn lines_past_the_buffer_are_dropped_whole_and_counted() {
-    // A year of failing: the clock of `Writer` runs, so the script must not run out.
+    // A year of failing: the clock of `Sink` runs, so the script must not run out.
     let script = Script { answers: vec![Err(io::ErrorKind::StorageFull); 1000].into(), ..Script::default() };
     let written = Arc::clone(&script.written);
-    let mut writer = Writer::new(Box::new(script));
-    let line = [b"x".repeat(1023).as_slice(), b"\n"].concat();
+    let sink = Sink::new(Box::new(script), Prefix::Priority);
+    // With priority, level and line end.
+    let line = "x".repeat(1024 - "<4>WARN  \n".len());
     for _ in 0..BUFFER_BYTES_MAX / 1024 + 7 {
-        writer.write_all(&line).unwrap();
+        let args = format_args!("{line}");
+        sink.put(&Record::builder().level(Level::Warn).target(OWN_TARGET).args(args).build());
     }
-    assert_eq!(writer.lock().lost, 7);
-    assert_eq!(writer.lock().buffer.len(), BUFFER_BYTES_MAX);
-    writer.lock().out = Box::new(Script { written: Arc::clone(&written), ..Script::default() });
-    writer.lock().flush(Mono::NEVER);
+    assert_eq!(sink.lock().lost, 7);
+    assert_eq!(sink.lock().buffer.len(), BUFFER_BYTES_MAX);
+    sink.lock().out = Box::new(Script { written: Arc::clone(&written), ..Script::default() });
+    sink.lock().flush(Mono::NEVER);
     assert_eq!(written.lock().unwrap().len(), BUFFER_BYTES_MAX);
-    assert_eq!(writer.lock().notice.take(), Some(Notice::Works { lost: 7 }));
+    assert_eq!(sink.lock().notice.take(), Some(Notice::Works { lost: 7 }));
 }
 
 #[test]
@@ -337,13 +341,34 @@ fn times_are_rfc_3339_in_utc() {
 }
 
 #[test]
-fn to_the_journal_goes_no_time() {
+fn to_the_journal_goes_the_priority_and_no_time() {
     let script = Script::default();
     let written = Arc::clone(&script.written);
-    let sink = sink(Writer::new(Box::new(script)), false);
-    let logger = Logger { level: LevelFilter::Info, main: sink, alarms: None };
-    say(&logger, Level::Warn, OWN_TARGET, "x");
-    assert_eq!(*written.lock().unwrap(), b"WARN  x\n");
+    let sink = Sink::new(Box::new(script), Prefix::Priority);
+    let logger = Logger { level: LevelFilter::Debug, main: sink, alarms: None };
+    for level in [Level::Error, Level::Warn, Level::Info, Level::Debug] {
+        say(&logger, level, OWN_TARGET, "x");
+    }
+    logger.flush();
+    let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+    assert_eq!(written, "<3>ERROR x\n<4>WARN  x\n<6>INFO  x\n<7>DEBUG x\n");
+}
+
+#[test]
+fn the_second_is_formatted_once_and_each_time_right() {
+    let mut stamp = Stamp::default();
+    for (unix_ms, expected) in [
+        (0, "1970-01-01T00:00:00.000Z "),
+        (999, "1970-01-01T00:00:00.999Z "),
+        (1_769_862_896_070, "2026-01-31T12:34:56.070Z "),
+        (1_769_862_896_789, "2026-01-31T12:34:56.789Z "),
+        (1_769_862_897_001, "2026-01-31T12:34:57.001Z "),
+        (1_709_164_800_000, "2024-02-29T00:00:00.000Z "),
+    ] {
+        let mut out = Vec::new();
+        stamp.put(&mut out, unix_ms);
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
+    }
 }
 
 #[test]
@@ -352,29 +377,36 @@ fn with_a_file_warnings_go_to_standard_error_too() {
     let (in_file, on_stderr) = (Arc::clone(&file.written), Arc::clone(&stderr.written));
     let logger = Logger {
         level: LevelFilter::Info,
-        main: sink(Writer::new(Box::new(file)), false),
-        alarms: Some(sink(Writer::new(Box::new(stderr)), false)),
+        main: Sink::new(Box::new(file), Prefix::Priority),
+        alarms: Some(Sink::new(Box::new(stderr), Prefix::Priority)),
     };
     for level in [Level::Error, Level::Warn, Level::Info, Level::Debug] {
         say(&logger, level, OWN_TARGET, "x");
     }
     logger.flush();
-    assert_eq!(*in_file.lock().unwrap(), b"ERROR x\nWARN  x\nINFO  x\n");
-    assert_eq!(*on_stderr.lock().unwrap(), b"ERROR x\nWARN  x\n");
+    assert_eq!(*in_file.lock().unwrap(), b"<3>ERROR x\n<4>WARN  x\n<6>INFO  x\n");
+    assert_eq!(*on_stderr.lock().unwrap(), b"<3>ERROR x\n<4>WARN  x\n");
 }
 
 #[test]
 fn an_endless_record_is_cut() {
     let script = Script::default();
     let written = Arc::clone(&script.written);
-    let logger =
-        Logger { level: LevelFilter::Info, main: sink(Writer::new(Box::new(script)), false), alarms: None };
+    let logger = Logger {
+        level: LevelFilter::Info,
+        main: Sink::new(Box::new(script), Prefix::Priority),
+        alarms: None,
+    };
     for text in ["x".repeat(RECORD_BYTES_MAX), "x".repeat(RECORD_BYTES_MAX + 1), "\0ü".repeat(100_000)] {
         say(&logger, Level::Warn, OWN_TARGET, &text);
     }
     let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
-    let cut: Vec<_> =
-        written.lines().map(|line| (line.len() <= RECORD_BYTES_MAX + 9, line.ends_with('…'))).collect();
+    let cut: Vec<_> = written
+        .lines()
+        .map(|line| {
+            (line.len() <= RECORD_BYTES_MAX + "<4>WARN  ".len() + ELLIPSIS.len_utf8(), line.ends_with('…'))
+        })
+        .collect();
     assert_eq!(cut, [(true, false), (true, true), (true, true)]);
 }
 

@@ -1,7 +1,11 @@
 //! What a line may hold: foreign text made safe, and not too much of anything.
 
 use std::fmt::{self, Display, Write as _};
+use std::io::Write as _;
 use std::time::Duration;
+
+use ::time::OffsetDateTime;
+use log::Level;
 
 use super::{ELLIPSIS, ESCAPE_CHARS_MAX, RECORD_BYTES_MAX};
 use crate::time::Mono;
@@ -70,6 +74,10 @@ struct Escaped<'a>(&'a str);
 
 impl Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plain = |byte: u8| is_plain(byte) && !matches!(byte, b'"' | b'\'' | b'\\');
+        if self.0.len() <= ESCAPE_CHARS_MAX && self.0.bytes().all(plain) {
+            return f.write_str(self.0);
+        }
         let mut chars = self.0.chars();
         for c in chars.by_ref().take(ESCAPE_CHARS_MAX) {
             write!(f, "{}", c.escape_debug())?;
@@ -78,54 +86,119 @@ impl Display for Escaped<'_> {
     }
 }
 
-/// A record's text as one line of at most [`RECORD_BYTES_MAX`] bytes, whoever wrote it.
-pub(super) struct OneLine<'a>(pub(super) &'a fmt::Arguments<'a>);
+/// How a line begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Prefix {
+    /// RFC 3339 in UTC, to the millisecond.
+    Time,
+    /// For journald, which has a time of its own and takes the priority from here (sd-daemon(3)).
+    Priority,
+}
 
-impl Display for OneLine<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        LineFormatter { out: f, room: RECORD_BYTES_MAX, cut: false }.write_fmt(*self.0)
+impl Prefix {
+    /// Writes it, the level included.
+    pub(super) fn put(self, out: &mut Vec<u8>, stamp: &mut Stamp, unix_ms: u64, level: Level) {
+        match self {
+            Prefix::Time => stamp.put(out, unix_ms),
+            Prefix::Priority => out.extend_from_slice(match level {
+                Level::Error => b"<3>",
+                Level::Warn => b"<4>",
+                Level::Info => b"<6>",
+                Level::Debug | Level::Trace => b"<7>",
+            }),
+        }
+        out.extend_from_slice(match level {
+            Level::Error => b"ERROR ",
+            Level::Warn => b"WARN  ",
+            Level::Info => b"INFO  ",
+            Level::Debug => b"DEBUG ",
+            Level::Trace => b"TRACE ",
+        });
     }
 }
 
-struct LineFormatter<'a, 'b> {
-    out: &'a mut fmt::Formatter<'b>,
+/// The current second as text, formatted once.
+#[derive(Debug, Default)]
+pub(super) struct Stamp {
+    unix_s: Option<u64>,
+    /// `2026-01-31T12:34:56.`
+    text: Vec<u8>,
+}
+
+impl Stamp {
+    pub(super) fn put(&mut self, out: &mut Vec<u8>, unix_ms: u64) {
+        let (unix_s, ms) = (unix_ms / 1000, unix_ms % 1000);
+        if self.unix_s != Some(unix_s) {
+            self.unix_s = Some(unix_s);
+            let time = i64::try_from(unix_s).ok().and_then(|it| OffsetDateTime::from_unix_timestamp(it).ok());
+            let time = time.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+            self.text.clear();
+            let (year, month, day) = (time.year(), u8::from(time.month()), time.day());
+            let (hour, minute, second) = (time.hour(), time.minute(), time.second());
+            let _ = write!(self.text, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.");
+        }
+        out.extend_from_slice(&self.text);
+        let digit = |value: u64| u8::try_from(value % 10).map_or(b'0', |it| b'0' + it);
+        out.extend_from_slice(&[digit(ms / 100), digit(ms / 10), digit(ms), b'Z', b' ']);
+    }
+}
+
+/// Writes a record's text as one line of at most [`RECORD_BYTES_MAX`] bytes, whoever wrote it. `origin`: the
+/// crate it is of, if not ours.
+pub(super) fn put_line(out: &mut Vec<u8>, origin: Option<&str>, text: &fmt::Arguments<'_>) {
+    let mut line = Line { out, room: RECORD_BYTES_MAX, cut: false };
+    // What is displayed may fail, the line does not: what there is of it is kept.
+    let _ = match origin {
+        Some(origin) => write!(line, "{origin}: {text}"),
+        None => line.write_fmt(*text),
+    };
+    out.push(b'\n');
+}
+
+struct Line<'a> {
+    out: &'a mut Vec<u8>,
     /// Bytes left.
     room: usize,
     cut: bool,
 }
 
-impl LineFormatter<'_, '_> {
+impl Line<'_> {
     /// Writes `text`, or an ellipsis in place of it and of all that follows.
-    fn put(&mut self, text: &str) -> fmt::Result {
+    fn put(&mut self, text: &str) {
         match self.room.checked_sub(text.len()) {
-            _ if self.cut => Ok(()),
+            _ if self.cut => {}
             Some(room) => {
                 self.room = room;
-                self.out.write_str(text)
+                self.out.extend_from_slice(text.as_bytes());
             }
             None => {
                 self.cut = true;
-                self.out.write_char(ELLIPSIS)
+                self.out.extend_from_slice(ELLIPSIS.encode_utf8(&mut [0; 4]).as_bytes());
             }
         }
     }
 }
 
-impl fmt::Write for LineFormatter<'_, '_> {
+impl fmt::Write for Line<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        let plain = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
-        if text.len() <= self.room && text.bytes().all(plain) {
-            return self.put(text);
+        if text.len() <= self.room && text.bytes().all(is_plain) {
+            self.put(text);
+            return Ok(());
         }
         for c in text.chars() {
             if c.is_ascii() && !c.is_ascii_control() {
-                self.put(c.encode_utf8(&mut [0; 4]))?;
+                self.put(c.encode_utf8(&mut [0; 4]));
             } else {
                 for escaped in c.escape_debug() {
-                    self.put(escaped.encode_utf8(&mut [0; 4]))?;
+                    self.put(escaped.encode_utf8(&mut [0; 4]));
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Whether a byte stands for itself in a line.
+fn is_plain(byte: u8) -> bool {
+    byte == b' ' || byte.is_ascii_graphic()
 }

@@ -52,6 +52,14 @@ pub trait Host {
     fn on_tick_end(&mut self);
     /// SIGHUP: reopen the log, and read the files again that TLS trusts.
     fn on_reload(&mut self) -> Option<Arc<ClientConfig>>;
+    /// SIGTERM or SIGINT: so many connections are open.
+    fn on_drain(&mut self, _connections: usize) {}
+    /// When the loop is to show that it is alive; [`Mono::NEVER`]: nobody wants to know.
+    fn watchdog_due(&self) -> Mono {
+        Mono::NEVER
+    }
+    /// It is.
+    fn on_alive(&mut self, _now: Mono) {}
 }
 
 /// What the loop is made of.
@@ -194,6 +202,9 @@ impl<N: Net> Server<N> {
         #[cfg(debug_assertions)]
         self.broker.check_invariants();
         self.host.on_tick_end();
+        if self.now.mono >= self.host.watchdog_due() {
+            self.host.on_alive(self.now.mono);
+        }
         Ok(!self.is_done())
     }
 
@@ -215,7 +226,8 @@ impl<N: Net> Server<N> {
         let accepts = self.acceptable.contains(&true);
         let accept = if accepts { self.accept_at.max(self.room_at) } else { Mono::NEVER };
         let drained = self.drain_until.unwrap_or(Mono::NEVER);
-        self.deadline_floor.min(self.broker.next_deadline()).min(accept).min(drained)
+        let alive = self.host.watchdog_due();
+        self.deadline_floor.min(self.broker.next_deadline()).min(accept).min(drained).min(alive)
     }
 
     fn on_event(&mut self, event: Event) {
@@ -255,6 +267,7 @@ impl<N: Net> Server<N> {
             return;
         }
         log::info!("ending: finishing {} connections", self.inbound.len());
+        self.host.on_drain(self.inbound.len());
         self.drain_until = Some(self.now.mono.after(DRAIN_LIFE));
         self.net.stop_listening();
         self.acceptable.clear();

@@ -112,6 +112,7 @@ pub struct Setup {
     raw_config: Option<String>,
     /// What starts the agent's binary; empty: we do.
     wrapper: Vec<OsString>,
+    stderr: Option<Stdio>,
 }
 
 impl Setup {
@@ -150,7 +151,7 @@ impl Setup {
         fs::set_permissions(&token_file, mode).expect("our own file");
         let log_path = folder.join("logs");
         let (keys, env) = (BTreeMap::new(), BTreeMap::new());
-        Setup { folder, keys, env, token: TOKEN.into(), raw_config: None, wrapper }
+        Setup { folder, keys, env, token: TOKEN.into(), raw_config: None, wrapper, stderr: None }
             .key("Server", "HttpPort", 0)
             .text("KMS", "CaFile", &ca_file.display().to_string())
             .text("Log", "LogPath", &log_path.display().to_string())
@@ -228,6 +229,12 @@ impl Setup {
         self
     }
 
+    /// Its standard error, in place of a file.
+    pub fn stderr_to(mut self, to: impl Into<Stdio>) -> Setup {
+        self.stderr = Some(to.into());
+        self
+    }
+
     fn spawn(self) -> Agent {
         let config = self.folder.write("config.toml", self.config());
         let output = |name| File::create(self.folder.join(name)).expect("a file for the agent's output");
@@ -244,7 +251,8 @@ impl Setup {
         for kept in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE"] {
             command.envs(std::env::var_os(kept).map(|value| (kept, value)));
         }
-        command.envs(&self.env).stdin(Stdio::null()).stdout(output("stdout")).stderr(output("stderr"));
+        command.envs(&self.env).stdin(Stdio::null()).stdout(output("stdout"));
+        command.stderr(self.stderr.unwrap_or_else(|| output("stderr").into()));
         let child = command.spawn().expect("the agent's binary starts");
         let log_folder = match self.keys.get("Log").and_then(|keys| keys.get("LogPath")) {
             Some(path) if path != "\"-\"" => Some(self.folder.join("logs")),
