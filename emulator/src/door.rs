@@ -2,11 +2,15 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 
 /// Connections that wait to be accepted; a test may open hundreds at once.
 const BACKLOG: u32 = 1024;
+/// A port that was just given up is tried again so often, [`REBIND_PAUSE`] apart.
+const REBIND_TRIES: u32 = 400;
+const REBIND_PAUSE: Duration = Duration::from_millis(5);
 
 /// What the listening task is told to do. It answers on `done`, so that the caller knows it is in force.
 pub(crate) struct DoorCommand {
@@ -56,20 +60,20 @@ impl Door {
                     }
                     Err(Err(_)) => {
                         // Out of descriptors, most likely: without a pause this loop would burn a core.
-                        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                        tokio::time::sleep(Duration::from_millis(20)).await;
                         continue;
                     }
                     Ok(command) => command,
                 },
             };
             let Some(command) = command else { return };
-            let outcome = self.switch(command.open);
+            let outcome = self.switch(command.open).await;
             // The caller may have given up waiting.
             let _ = command.done.send(outcome);
         }
     }
 
-    fn switch(&mut self, open: bool) -> io::Result<()> {
+    async fn switch(&mut self, open: bool) -> io::Result<()> {
         let state = match (&self.state, open) {
             (DoorState::Open(_), true) | (DoorState::Shut { .. }, false) => return Ok(()),
             // Both sockets exist for a moment: the port never is up for grabs.
@@ -77,12 +81,24 @@ impl Door {
             (DoorState::Open(_), false) => {
                 // A socket cannot be bound beside a listening one, so the listener has to go first.
                 self.state = DoorState::Shut { _holder: socket_for(self.addr)? };
-                DoorState::Shut { _holder: bound(self.addr)? }
+                DoorState::Shut { _holder: bound_again(self.addr).await? }
             }
         };
         self.state = state;
         Ok(())
     }
+}
+
+/// As [`bound`], after a listener was closed. A test that starts a program at this moment forks, and the fork
+/// keeps a copy of the listener until its exec.
+async fn bound_again(addr: SocketAddr) -> io::Result<TcpSocket> {
+    for _ in 0..REBIND_TRIES {
+        match bound(addr) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => tokio::time::sleep(REBIND_PAUSE).await,
+            outcome => return outcome,
+        }
+    }
+    bound(addr)
 }
 
 fn socket_for(addr: SocketAddr) -> io::Result<TcpSocket> {
