@@ -35,7 +35,6 @@ use kms_agent::config::{Config, HostPort};
 use kms_agent::http::request::{Parsed, header_room, parse};
 use kms_agent::http::response::Response;
 use kms_agent::identity::Identity;
-use kms_agent::identity::metadata::Wanted;
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
 use kms_agent::time::{Mono, Now};
@@ -130,6 +129,7 @@ impl Fleet {
         let mut config = Config::default();
         config.cache.ttl = Duration::from_secs(scenario.ttl_s);
         config.kms.endpoint = Some(HostPort { host: "kms.fleet".into(), port: 443 });
+        config.kms.role_name = Some("app".into());
         let mut random = Random::from_seed(20_240_607);
         let mut fleet = Fleet {
             hosts: Vec::with_capacity(hosts),
@@ -148,8 +148,9 @@ impl Fleet {
             events_done: 0,
         };
         for number in 0..hosts {
-            let identity = Identity::new(Wanted { role: Some("app".into()), ..Wanted::default() });
             let seed = Random::from_seed(random.next_u64());
+            let identity = Identity::from_config(&config.kms, &|_| None, Random::from_seed(number as u64))
+                .expect("the default is the instance's RAM role");
             let mut broker = Broker::new(&config, Secret::from(&b"tok"[..]), identity, seed);
             if !scenario.jitter {
                 broker.set_refresh_jitter(0);

@@ -11,8 +11,15 @@ use std::time::Duration;
 pub enum Service {
     /// KMS, over TLS.
     Kms,
+    /// The Security Token Service, over TLS.
+    Sts,
     /// The instance metadata service, in plain HTTP.
     Metadata,
+    /// What `ALIBABA_CLOUD_CREDENTIALS_URI` names.
+    CredentialsUri {
+        /// Whether it is an `https` URI.
+        tls: bool,
+    },
 }
 
 /// How long each stage of a call may take.
@@ -29,11 +36,23 @@ pub struct Timeouts {
 }
 
 impl Service {
+    /// Whether TLS is spoken with it.
+    #[must_use]
+    pub const fn uses_tls(self) -> bool {
+        matches!(self, Service::Kms | Service::Sts | Service::CredentialsUri { tls: true })
+    }
+
+    /// The port that goes without saying in a `Host` header.
+    #[must_use]
+    pub const fn default_port(self) -> u16 {
+        if self.uses_tls() { 443 } else { 80 }
+    }
+
     /// The stage limits; the metadata service is a hop away, and official SDKs give it 1 s.
     #[must_use]
     pub const fn timeouts(self) -> Timeouts {
         match self {
-            Service::Kms => Timeouts {
+            Service::Kms | Service::Sts | Service::CredentialsUri { .. } => Timeouts {
                 resolve: Duration::from_secs(5),
                 connect: Duration::from_secs(2),
                 handshake: Duration::from_secs(3),

@@ -5,7 +5,6 @@
 use kms_agent::broker::Broker;
 use kms_agent::config::{Config, HostPort, ResponseType};
 use kms_agent::identity::Identity;
-use kms_agent::identity::metadata::Wanted;
 use kms_agent::net::{Event, Net, Readiness, Token};
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
@@ -192,7 +191,8 @@ impl Agent {
         let mut config = Config::default();
         config.server.response_type = response_type;
         config.kms.endpoint = Some(HostPort { host: "kms.bench".into(), port: 443 });
-        let identity = Identity::new(Wanted { role: Some("app".into()), ..Wanted::default() });
+        config.kms.role_name = Some("app".into());
+        let identity = Identity::from_config(&config.kms, &|_| None, Random::from_seed(2)).expect("a role");
         let broker = Broker::new(&config, Secret::from(TOKEN), identity, Random::from_seed(1));
         let server = Server::new(Parts {
             net: Wire::new(),

@@ -3,12 +3,12 @@
 
 use super::answer::{self, Content, Failure, XCache};
 use super::flight::{Budget, Flight, FlightId, Phase};
-use super::{Broker, Output, Refreshed, UPSTREAM_CALLS_MAX, vpc_endpoint};
+use super::{Broker, Output, Refreshed, UPSTREAM_CALLS_MAX};
 use crate::cache::{Key, KeyRef};
 use crate::call::{Call, CallError, CallErrorKind, CallId, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
-use crate::identity::Standing;
+use crate::identity::{IdentityError, Question, Standing};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::sign::Credentials;
 use crate::kms::{request as kms_request, retry};
@@ -28,17 +28,16 @@ impl Broker {
     pub(super) fn advance(&mut self, now: Mono) {
         self.queue_due = Mono::NEVER;
         loop {
-            if self.identity_call.is_none() && self.identity.poll(now) {
+            if self.identity_call.is_none()
+                && let Some(Question { service, origin }) = self.identity.poll(now)
+            {
                 let id = self.next_call_id();
                 self.identity_call = Some(id);
                 let deadline = now.after(CALL_LIFE);
-                let origin = Rc::clone(&self.metadata);
-                self.outputs.push_back(Output::Call(Call {
-                    id,
-                    service: Service::Metadata,
-                    origin,
-                    deadline,
-                }));
+                self.outputs.push_back(Output::Call(Call { id, service, origin, deadline }));
+            }
+            if let Some(outcome) = self.identity.poll_outcome() {
+                self.on_credentials(outcome, now);
             }
             let calls_max = if self.circuit.is_open() { 1 } else { UPSTREAM_CALLS_MAX };
             if self.calls.len() >= calls_max {
@@ -116,9 +115,9 @@ impl Broker {
 
     fn start(&mut self, id: FlightId, mut flight: Flight, credentials: Rc<Credentials>, now: Mono) {
         if let (None, Some(region)) = (&self.endpoint, self.identity.region()) {
-            let host = vpc_endpoint(region);
-            log::info!("KMS endpoint: {host}:443, from the region that the metadata service names");
-            self.endpoint = Some(Rc::new(HostPort { host, port: 443 }));
+            let endpoint = HostPort::kms_in(region);
+            log::info!("KMS endpoint: {endpoint}, from the region that the metadata service names");
+            self.endpoint = Some(Rc::new(endpoint));
         }
         let Some(origin) = self.endpoint.clone() else {
             let failure = Failure::no_credentials(&"the region is not known yet", Duration::from_secs(1));
@@ -145,14 +144,11 @@ impl Broker {
     /// # Errors
     /// When the request cannot be made; nothing is to be sent then.
     pub fn write_request(&mut self, call: &Call, now: Now, out: &mut Vec<u8>) -> Result<(), CallError> {
-        let authority = call.origin.authority(match call.service {
-            Service::Kms => 443,
-            Service::Metadata => 80,
-        });
         if self.identity_call == Some(call.id) {
-            self.identity.write_request(out, &authority);
+            self.identity.write_request(out, now);
             return Ok(());
         }
+        let authority = call.origin.authority(call.service.default_port());
         let flight = self.flight_of(call.id).and_then(|id| self.flights.get(&id));
         let Some(Flight { key, phase: Phase::Calling { credentials, .. }, .. }) = flight else {
             return Err(CallError::unreachable("ask", &call.origin, "nobody wants this any more"));
@@ -177,29 +173,30 @@ impl Broker {
         self.calls.iter().find(|(id, ..)| *id == call).map(|(_, flight, _)| *flight)
     }
 
+    /// A fetch of credentials has ended.
+    fn on_credentials(&mut self, outcome: Result<(), IdentityError>, now: Mono) {
+        match outcome {
+            Ok(()) => {
+                self.metrics.credential_fetches.ok += 1;
+                self.credentials_expire_unix_s = self.identity.expires_unix_s();
+                self.credentials_health.works(now);
+            }
+            Err(error) => {
+                self.metrics.credential_fetches.failed += 1;
+                if self.identity.is_ready(now) && self.credentials_health.is_well() {
+                    self.credentials_health.notes(error);
+                } else {
+                    self.credentials_health.fails(error, now);
+                }
+            }
+        }
+    }
+
     /// Takes the outcome of a call.
     pub fn on_called(&mut self, call: CallId, outcome: Result<Response, CallError>, now: Now) {
         if self.identity_call == Some(call) {
             self.identity_call = None;
-            match self.identity.on_answer(outcome.as_ref(), now, &mut self.random) {
-                Some(Ok(())) => {
-                    log::info!("credentials of the instance's RAM role fetched");
-                    self.metrics.credential_fetches.ok += 1;
-                    self.credentials_expire_unix_s = self.identity.expires_unix_s();
-                    self.credentials_health.works(now.mono);
-                }
-                Some(Err(error)) => {
-                    log::warn!("no credentials: {error}");
-                    self.metrics.credential_fetches.failed += 1;
-                    let still_there = self.credentials_expire_unix_s.is_some_and(|end| now.unix_s < end);
-                    if still_there && self.credentials_health.is_well() {
-                        self.credentials_health.notes(error);
-                    } else {
-                        self.credentials_health.fails(error, now.mono);
-                    }
-                }
-                None => {}
-            }
+            self.identity.on_answer(outcome.as_ref(), now);
         } else if let Some(position) = self.calls.iter().position(|(it, ..)| *it == call) {
             let (_, id, since) = self.calls.swap_remove(position);
             if let Some(flight) = self.flights.remove(&id) {

@@ -102,7 +102,6 @@ pub struct Broker {
     cache: Cache,
     identity: Identity,
     endpoint: Option<Rc<HostPort>>,
-    metadata: Rc<HostPort>,
     identity_call: Option<CallId>,
     flights: BTreeMap<FlightId, Flight>,
     by_key: HashMap<Key, FlightId>,
@@ -146,20 +145,12 @@ impl Broker {
         let max_stale =
             if config.server.ignore_transient_errors { config.cache.max_stale } else { Duration::ZERO };
         let lives = Lives { ttl: config.cache.ttl, max_stale };
-        let region_endpoint = |region: &String| HostPort { host: vpc_endpoint(region), port: 443 };
-        let endpoint = config
-            .kms
-            .endpoint
-            .clone()
-            .or_else(|| config.kms.region.as_ref().map(region_endpoint))
-            .map(Rc::new);
         Broker {
             server: config.server.clone(),
             token,
             cache: Cache::new(config.cache.size, config.cache.bytes, lives),
             identity,
-            endpoint,
-            metadata: Rc::new(config.kms.metadata_endpoint.clone()),
+            endpoint: config.kms.endpoint().map(Rc::new),
             identity_call: None,
             flights: BTreeMap::new(),
             by_key: HashMap::new(),
@@ -649,10 +640,6 @@ impl hashbrown::Equivalent<Key> for Lookable<'_> {
     fn equivalent(&self, key: &Key) -> bool {
         key.as_ref() == self.0
     }
-}
-
-fn vpc_endpoint(region: &str) -> String {
-    format!("kms-vpc.{region}.aliyuncs.com")
 }
 
 fn no_reply() -> Failure {

@@ -4,7 +4,6 @@ use super::*;
 use crate::call::{CallError, Service};
 use crate::http::request::{Parsed, header_room, parse};
 use crate::http::response::{Response, ResponseParser};
-use crate::identity::metadata::Wanted;
 
 const CREDENTIALS: &str = r#"{"Code":"Success","AccessKeyId":"STS.a","AccessKeySecret":"k","SecurityToken":"t",
     "Expiration":"2100-01-01T00:00:00Z"}"#;
@@ -31,7 +30,8 @@ impl Rig {
         config.cache.max_stale = Duration::from_secs(1000);
         config.kms.endpoint = Some(HostPort { host: "kms.test".into(), port: 443 });
         change(&mut config);
-        let identity = Identity::new(Wanted { role: Some("app".into()), ..Wanted::default() });
+        config.kms.role_name = Some("app".into());
+        let identity = Identity::from_config(&config.kms, &|_| None, Random::from_seed(7)).unwrap();
         let broker = Broker::new(&config, Secret::from(&b"tok"[..]), identity, Random::from_seed(42));
         let now = Now { mono: Mono::from_micros(1_000_000_000), unix_s: 1_700_000_000 };
         let mut rig = Rig {

@@ -80,7 +80,7 @@ impl Prober {
                         Ok(stream) => {
                             outcome.connected = Some(address);
                             socket = Some(stream);
-                            let tls = (service == Service::Kms).then(|| Arc::clone(&self.tls));
+                            let tls = service.uses_tls().then(|| Arc::clone(&self.tls));
                             conn.on_connected(tls, self.now().mono)
                         }
                         Err(error) if is_timeout(&error) => conn.on_time(self.now().mono),

@@ -3,11 +3,10 @@
 use super::systemd::{self, Watchdog};
 use super::{Command, Loaded};
 use crate::broker::Broker;
-use crate::config::{self, AuthType, Config, LogPath};
+use crate::config::{self, Config, LogPath};
 use crate::conn::tls;
 use crate::harden::{Files, Harden};
-use crate::identity::metadata::Wanted;
-use crate::identity::{Identity, IdentityError};
+use crate::identity::Identity;
 use crate::log::{LogHandle, Reason};
 use crate::net::Net as _;
 use crate::net::mio::{MioNet, listen};
@@ -56,11 +55,18 @@ pub(super) fn parse(parser: &mut lexopt::Parser, config: Option<PathBuf>) -> Res
 
 /// Why the agent did not start; told to the person who started it.
 #[derive(Debug)]
-pub struct StartError(String);
+pub enum StartError {
+    /// Configuration or environment ask for what cannot be.
+    Configuration(String),
+    /// Something that is needed cannot be had.
+    Failed(String),
+}
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        match self {
+            StartError::Configuration(message) | StartError::Failed(message) => f.write_str(message),
+        }
     }
 }
 
@@ -91,7 +97,10 @@ pub fn main(file: Option<PathBuf>) -> u8 {
         Ok(()) => super::OK,
         Err(error) => {
             eprintln!("kms-agent: {error}");
-            super::FAILED
+            match error {
+                StartError::Configuration(_) => super::USAGE,
+                StartError::Failed(_) => super::FAILED,
+            }
         }
     }
 }
@@ -119,9 +128,10 @@ impl Agent {
         env: &dyn Fn(&str) -> Option<OsString>,
         mut harden: Option<Harden>,
     ) -> Result<Agent, StartError> {
-        let log = crate::log::init(&config.log).map_err(|error| StartError(error.to_string()))?;
+        let log = crate::log::init(&config.log).map_err(|error| StartError::Failed(error.to_string()))?;
         let mut random = Random::from_system()
-            .map_err(|_| StartError("the operating system gives no random bytes".to_owned()))?;
+            .map_err(|_| StartError::Failed("the operating system gives no random bytes".to_owned()))?;
+        let identity = identity(config, env, &mut random)?;
         let (source, token) = find_token(config, env, &mut random)?;
         let ca_file = config.kms.ca_file.clone();
         let tls = client_config(ca_file.as_deref())?;
@@ -142,9 +152,8 @@ impl Agent {
             harden.restrict_files(&files(config, &source, env));
         }
         let net = MioNet::new(listeners)
-            .map_err(|error| StartError(format!("cannot start: {}", Reason(&error))))?;
+            .map_err(|error| StartError::Failed(format!("cannot start: {}", Reason(&error))))?;
         let watchdog = Watchdog::from_env(net.now().mono);
-        let identity = identity(config, env);
         let mut broker = Broker::new(config, token.duplicate(), identity, random);
         broker.set_process(std::process::id(), net.now());
         let server = Server::new(Parts {
@@ -173,7 +182,7 @@ impl Agent {
     /// When the kernel gives no more events.
     pub fn serve(mut self) -> Result<(), StartError> {
         systemd::ready(self.port);
-        self.server.run().map_err(|error| StartError(format!("cannot go on: {}", Reason(&error))))?;
+        self.server.run().map_err(|error| StartError::Failed(format!("cannot go on: {}", Reason(&error))))?;
         log::info!("ended");
         Ok(())
     }
@@ -228,27 +237,27 @@ fn find_token(
     random: &mut Random,
 ) -> Result<(Source, Secret), StartError> {
     let source = Source::find(&config.server.ssrf_env_variables, env)
-        .map_err(|error| StartError(error.to_string()))?;
+        .map_err(|error| StartError::Failed(error.to_string()))?;
     if let Source::File { path, default: true } = &source {
         match token::create_if_missing(path, random) {
             Ok(true) => log::info!("token file {} created", path.display()),
             Ok(false) => {}
-            Err(error) => return Err(StartError(error.to_string())),
+            Err(error) => return Err(StartError::Failed(error.to_string())),
         }
     }
-    let token = source.read().map_err(|error| StartError(error.to_string()))?;
+    let token = source.read().map_err(|error| StartError::Failed(error.to_string()))?;
     Ok((source, token))
 }
 
 pub(super) fn client_config(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, StartError> {
     let pem = match ca_file {
         Some(path) => Some(fs::read(path).map_err(|error| {
-            StartError(format!("[KMS] CaFile {}: cannot read it: {}", path.display(), Reason(&error)))
+            StartError::Failed(format!("[KMS] CaFile {}: cannot read it: {}", path.display(), Reason(&error)))
         })?),
         None => None,
     };
     tls::client_config(pem.as_deref()).map_err(|error| {
-        StartError(format!("[KMS] CaFile {}: {error}", ca_file.unwrap_or(Path::new("")).display()))
+        StartError::Failed(format!("[KMS] CaFile {}: {error}", ca_file.unwrap_or(Path::new("")).display()))
     })
 }
 
@@ -271,7 +280,7 @@ fn files(config: &Config, token: &Source, env: &dyn Fn(&str) -> Option<OsString>
 }
 
 fn cannot_listen(port: u16, error: &io::Error) -> StartError {
-    StartError(if error.kind() == io::ErrorKind::AddrInUse {
+    StartError::Failed(if error.kind() == io::ErrorKind::AddrInUse {
         format!(
             "port {port} is taken: another program (or another kms-agent) listens on it; see [Server] HttpPort"
         )
@@ -284,7 +293,7 @@ fn port_of(listeners: &[TcpListener]) -> Result<u16, StartError> {
     let address = listeners.first().map(TcpListener::local_addr).transpose();
     match address {
         Ok(Some(address)) => Ok(address.port()),
-        _ => Err(StartError("cannot listen: the kernel names no address".to_owned())),
+        _ => Err(StartError::Failed("cannot listen: the kernel names no address".to_owned())),
     }
 }
 
@@ -308,32 +317,13 @@ fn raise_descriptor_limit(connections_max: usize) {
     }
 }
 
-/// Who the agent is to KMS. A method that this version does not have is told at start and by every answer
-/// that would need it: being somebody else instead would be worse than being nobody.
-pub(super) fn identity(config: &Config, env: &dyn Fn(&str) -> Option<OsString>) -> Identity {
-    let is_true = |name: &str| env(name).is_some_and(|value| value.eq_ignore_ascii_case("true"));
-    let role_from_env =
-        || env("ALIBABA_CLOUD_ECS_METADATA")?.into_string().ok().filter(|role| !role.is_empty());
-    for name in
-        ["ALIBABA_CLOUD_ACCESS_KEY_ID", "ALIBABA_CLOUD_OIDC_TOKEN_FILE", "ALIBABA_CLOUD_CREDENTIALS_URI"]
-    {
-        if config.kms.auth_type == AuthType::Auto && env(name).is_some() {
-            log::warn!("{name} is set; this version does not use it, but the instance's RAM role");
-        }
-    }
-    let missing = match (config.kms.auth_type, &config.kms.aap_arn) {
-        (AuthType::Auto, None) | (AuthType::RamRole, _) => {
-            return Identity::new(Wanted {
-                role: config.kms.role_name.clone().or_else(role_from_env),
-                region: config.kms.region.is_none() && config.kms.endpoint.is_none(),
-                hardened_only: is_true("ALIBABA_CLOUD_IMDSV1_DISABLED"),
-            });
-        }
-        (AuthType::Auto | AuthType::InstanceIdentity, _) => "instance_identity",
-        (AuthType::AccessKey, _) => "access_key",
-        (AuthType::Oidc, _) => "oidc",
-    };
-    let error = IdentityError::NotInThisVersion(missing);
-    log::warn!("{error}; no secret can be fetched");
-    Identity::unavailable(error)
+/// Who the agent is to KMS.
+pub(super) fn identity(
+    config: &Config,
+    env: &dyn Fn(&str) -> Option<OsString>,
+    random: &mut Random,
+) -> Result<Identity, StartError> {
+    let random = Random::from_seed(random.next_u64());
+    Identity::from_config(&config.kms, env, random)
+        .map_err(|error| StartError::Configuration(error.to_string()))
 }

@@ -68,6 +68,11 @@ pub const ENDPOINT_PORT: u16 = 443;
 /// Port of `MetadataEndpoint` where none is written.
 pub const METADATA_PORT: u16 = 80;
 
+/// How the host name of a KMS instance ends. Its certificate is of KMS's private CA.
+const INSTANCE_ENDPOINT: &str = ".cryptoservice.kms.aliyuncs.com";
+const NEEDS_CA_FILE: &str = "needs CaFile too: a KMS instance has a certificate of its private CA. Download that \
+    CA's certificate from the instance's page in the KMS console (or CaCertificateChainPem of GetKmsInstance) and name \
+    the file in CaFile";
 /// Syntax errors reported of one file: past a few they only follow from each other.
 const SYNTAX_ERRORS_MAX: usize = 20;
 /// Characters of a wrong value that a message shows.
@@ -194,15 +199,16 @@ impl Default for Cache {
 /// `MetadataEndpoint`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kms {
-    /// `Region`; `None`: the metadata service knows.
+    /// `Region`, as written; [`Kms::region`] knows more.
     pub region: Option<String>,
-    /// `Endpoint`; `None`: the region's VPC endpoint, `kms-vpc.<Region>.aliyuncs.com`.
+    /// `Endpoint`, as written; [`Kms::endpoint`] knows more.
     pub endpoint: Option<HostPort>,
     /// `AuthType`: who the agent is to KMS.
     pub auth_type: AuthType,
-    /// `RoleName`: the instance's RAM role; `None`: the metadata service knows.
+    /// `RoleName`: the instance's RAM role; `None`: the environment or the metadata service knows.
     pub role_name: Option<String>,
-    /// `AapArn`: an application access point. Always there with [`AuthType::InstanceIdentity`].
+    /// `AapArn`: an application access point, in the region that `Region` names, if it does. Always there with
+    /// [`AuthType::InstanceIdentity`].
     pub aap_arn: Option<AapArn>,
     /// `CaFile`: PEM with certificates to be trusted beside the web's roots. As written: a relative path
     /// is relative to the working directory.
@@ -222,6 +228,20 @@ impl Default for Kms {
             ca_file: None,
             metadata_endpoint: HostPort { host: "100.100.100.200".to_owned(), port: METADATA_PORT },
         }
+    }
+}
+
+impl Kms {
+    /// The region: `Region`, else that of `AapArn`; `None`: the metadata service knows.
+    #[must_use]
+    pub fn region(&self) -> Option<&str> {
+        self.region.as_deref().or(self.aap_arn.as_ref().map(|aap| aap.region.as_str()))
+    }
+
+    /// Where KMS is: `Endpoint`, else the region's VPC endpoint; `None`: the region is still to be asked.
+    #[must_use]
+    pub fn endpoint(&self) -> Option<HostPort> {
+        self.endpoint.clone().or_else(|| self.region().map(HostPort::kms_in))
     }
 }
 
@@ -279,6 +299,12 @@ impl HostPort {
                 .ok_or_else(|| format!("{FORM}, the port 1 to 65535"))?,
         };
         Ok(HostPort { host: read_host(host)?, port })
+    }
+
+    /// KMS's endpoint in a region's VPCs: `kms-vpc.<region>.aliyuncs.com`.
+    #[must_use]
+    pub fn kms_in(region: &str) -> HostPort {
+        HostPort { host: format!("kms-vpc.{region}.aliyuncs.com"), port: ENDPOINT_PORT }
     }
 
     /// As in a `Host` header or a URL: the port only if it is not `default_port`.
@@ -500,6 +526,16 @@ pub fn parse(text: &str) -> Result<Config, Vec<Problem>> {
     kms.text("MetadataEndpoint", read_metadata_endpoint, &mut config.kms.metadata_endpoint);
     if config.kms.auth_type == AuthType::InstanceIdentity && kms.is_unset("AapArn") {
         kms.problem("AuthType", "needs AapArn too: the application access point to ask".to_owned());
+    }
+    if let (Some(aap), Some(region)) = (&config.kms.aap_arn, &config.kms.region)
+        && aap.region != *region
+    {
+        kms.problem("AapArn", format!("is in {}, but Region is {region}", aap.region));
+    }
+    if config.kms.endpoint.as_ref().is_some_and(|it| it.host.ends_with(INSTANCE_ENDPOINT))
+        && kms.is_unset("CaFile")
+    {
+        kms.problem("Endpoint", NEEDS_CA_FILE.to_owned());
     }
 
     let mut log = reader.section(root, "Log");

@@ -463,6 +463,40 @@ fn authentication_types() {
 }
 
 #[test]
+fn region_and_endpoint_follow_from_each_other() {
+    let arn = "AapArn = \"acs:kms:cn-a:1234567890123456:applicationaccesspoint/app\"\n";
+    for (keys, region, endpoint) in [
+        ("", None, None),
+        ("Region = \"cn-b\"\n", Some("cn-b"), Some("kms-vpc.cn-b.aliyuncs.com:443")),
+        (arn, Some("cn-a"), Some("kms-vpc.cn-a.aliyuncs.com:443")),
+        (&format!("{arn}Region = \"cn-a\"\n"), Some("cn-a"), Some("kms-vpc.cn-a.aliyuncs.com:443")),
+        (&format!("{arn}Endpoint = \"kms.test\"\n"), Some("cn-a"), Some("kms.test:443")),
+        ("Endpoint = \"kms.test:1\"\n", None, Some("kms.test:1")),
+    ] {
+        let kms = parse(&format!("[KMS]\n{keys}")).unwrap().kms;
+        assert_eq!(kms.region(), region, "{keys}");
+        assert_eq!(kms.endpoint().map(|it| it.to_string()).as_deref(), endpoint, "{keys}");
+    }
+    let elsewhere = problems(&format!("[KMS]\nRegion = \"cn-b\"\n{arn}"));
+    assert!(elsewhere.starts_with("line 3: [KMS] AapArn = "), "{elsewhere}");
+    assert!(elsewhere.ends_with(": is in cn-a, but Region is cn-b"), "{elsewhere}");
+}
+
+#[test]
+fn an_instance_endpoint_needs_the_private_ca() {
+    let endpoint = "[KMS]\nEndpoint = \"kst-1.cryptoservice.kms.aliyuncs.com\"\n";
+    assert!(parse(&format!("{endpoint}CaFile = \"ca.pem\"\n")).is_ok());
+    for no_ca in ["", "CaFile = \"\"\n"] {
+        let problem = problems(&format!("{endpoint}{no_ca}"));
+        assert!(
+            problem.starts_with("line 2: [KMS] Endpoint = ") && problem.contains("needs CaFile too"),
+            "{problem}"
+        );
+        assert!(problem.contains("GetKmsInstance") && !problem.contains("  "), "{problem}");
+    }
+}
+
+#[test]
 fn application_access_points() {
     let text = "acs:kms:cn-hangzhou:1234567890123456:applicationaccesspoint/App_1.a-b";
     let arn = with("KMS", "AapArn", format!("\"{text}\"")).unwrap().kms.aap_arn.unwrap();

@@ -4,16 +4,32 @@
 //! Pure: [`Identity::poll`] says when something is to be asked, the answers come in by
 //! [`Identity::on_answer`].
 
+pub mod chain;
+pub mod environment;
+mod error;
+pub mod instance_identity;
 pub mod metadata;
+pub mod oidc;
+pub mod provider;
+pub mod ram_role;
+mod reply;
+pub mod uri;
+
+pub use chain::NotConfigured;
+pub use error::{Asked, IdentityError, Problem};
+pub use provider::Question;
 
 use crate::call::CallError;
+use crate::config::Kms;
 use crate::http::response::Response;
 use crate::kms::retry;
 use crate::kms::sign::Credentials;
+use crate::log::LeftOut;
 use crate::random::Random;
 use crate::time::{Mono, Now};
-use metadata::{Metadata, Progress, Wanted};
-use std::fmt;
+use chain::Chain;
+use provider::{Grant, Progress};
+use std::ffi::OsString;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -24,79 +40,15 @@ const DEMAND_PAUSE: Duration = Duration::from_secs(1);
 /// Renewed this long before their end, or at [`RENEW_AT_PER_CENT`] of their life, whichever is later.
 const RENEW_AHEAD: Duration = Duration::from_secs(15 * 60);
 const RENEW_AT_PER_CENT: u32 = 80;
-
-/// Why there are no credentials. The text says what to do on the instance's side.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum IdentityError {
-    /// The configured method is understood and still to come.
-    NotInThisVersion(&'static str),
-    /// No connection to the metadata service, or no reply in time.
-    Unreachable(String),
-    /// The instance has no RAM role, or not the one that is configured.
-    NoRole(Option<String>),
-    /// 401 or 403 although the token was new.
-    Refused(u16),
-    /// Tokens do not work and plain GETs are forbidden.
-    HardenedOnly(String),
-    /// An answer that is not what the service is documented to give.
-    Malformed(&'static str),
-    /// A `Code` other than `Success`.
-    Code(String),
-    /// Another status.
-    Status(u16),
-    /// The credentials were past their end when they came.
-    Expired {
-        /// For how long, in seconds.
-        ago_s: i64,
-    },
-}
-
-impl fmt::Display for IdentityError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let IdentityError::NotInThisVersion(method) = self {
-            return write!(
-                f,
-                "[KMS] AuthType: {method} is not in this version, which knows the RAM role alone"
-            );
-        }
-        f.write_str("metadata service: ")?;
-        match self {
-            IdentityError::NotInThisVersion(_) => Ok(()),
-            IdentityError::Unreachable(what) => f.write_str(what),
-            IdentityError::NoRole(None) => f.write_str(
-                "no RAM role is attached to this instance; attach one that may call kms:GetSecretValue",
-            ),
-            IdentityError::NoRole(Some(role)) => {
-                write!(
-                    f,
-                    "the RAM role {role} is not attached to this instance; attach it, or correct [KMS] RoleName"
-                )
-            }
-            IdentityError::Refused(status) => {
-                write!(f, "it refused our request with {status} although its token is new")
-            }
-            IdentityError::HardenedOnly(why) => {
-                write!(
-                    f,
-                    "hardened mode failed ({why}) and ALIBABA_CLOUD_IMDSV1_DISABLED forbids plain requests"
-                )
-            }
-            IdentityError::Malformed(what) => write!(f, "it gave a {what} that cannot be read"),
-            IdentityError::Code(code) => write!(f, "it has no credentials for the RAM role: {code}"),
-            IdentityError::Status(status) => write!(f, "it answered {status}"),
-            IdentityError::Expired { ago_s } => {
-                write!(f, "it gave credentials that ended {ago_s} s ago; check this host's clock")
-            }
-        }
-    }
-}
+/// Trouble that stays the same is told again after this.
+const TOLD_AGAIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 enum State {
     /// Nothing under way; the next fetch is due at `at`.
     Resting { at: Mono },
     /// A question is out, or about to go out.
-    Asking { out: bool },
+    Asking { question: Question, out: bool },
     /// The last fetch failed.
     Failed { error: IdentityError, failed: Mono, at: Mono },
 }
@@ -126,44 +78,71 @@ pub enum Standing<'a> {
 /// The credentials and their renewal: one fetch at a time.
 #[derive(Debug)]
 pub struct Identity {
-    metadata: Metadata,
+    chain: Chain,
     held: Option<Held>,
     state: State,
     failures: u32,
     /// When KMS's refusal last set a renewal going, until renewed ones are accepted.
     refused_last: Option<Mono>,
+    /// What the clock of those who answer shows more than ours, in seconds. Credentials are judged by it: a
+    /// host's clock that is hours ahead does not end them.
+    clock_offset_s: i64,
+    outcome: Option<Result<(), IdentityError>>,
+    trouble: Trouble,
+    random: Random,
 }
 
 impl Identity {
-    /// Begins with a fetch at once, so that the first reader finds credentials.
-    #[must_use]
-    pub fn new(wanted: Wanted) -> Identity {
-        Identity {
-            metadata: Metadata::new(wanted),
+    /// Whoever configuration and environment say. Begins with a fetch at once, so that the first reader finds
+    /// credentials.
+    ///
+    /// # Errors
+    /// When what they say cannot be; the message names key or variable.
+    pub fn from_config(
+        kms: &Kms,
+        env: &dyn Fn(&str) -> Option<OsString>,
+        random: Random,
+    ) -> Result<Identity, NotConfigured> {
+        Ok(Identity {
+            chain: Chain::from_config(kms, env)?,
             held: None,
             state: State::Resting { at: Mono::default() },
             failures: 0,
             refused_last: None,
-        }
+            clock_offset_s: 0,
+            outcome: None,
+            trouble: Trouble::default(),
+            random,
+        })
     }
 
-    /// Never has credentials, for this reason.
-    #[must_use]
-    pub fn unavailable(error: IdentityError) -> Identity {
-        let state = State::Failed { error, failed: Mono::NEVER, at: Mono::NEVER };
-        Identity { state, ..Identity::new(Wanted::default()) }
-    }
-
-    /// The region that the metadata service named.
+    /// The region, if the metadata service had to be asked for it and has answered.
     #[must_use]
     pub fn region(&self) -> Option<&str> {
-        self.metadata.region()
+        self.chain.region()
+    }
+
+    /// Who it is, for a status line: `the instance's RAM role`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.chain.name()
     }
 
     /// When the credentials that are held end, seconds since 1970 (UTC); `None`: never, or there are none.
     #[must_use]
     pub fn expires_unix_s(&self) -> Option<i64> {
         self.held.as_ref().and_then(|held| held.credentials.expires_unix_s)
+    }
+
+    /// Whether credentials are held that have not ended.
+    #[must_use]
+    pub fn is_ready(&self, now: Mono) -> bool {
+        self.held.as_ref().is_some_and(|held| now < held.ends)
+    }
+
+    /// How the last fetch ended, once after each.
+    pub fn poll_outcome(&mut self) -> Option<Result<(), IdentityError>> {
+        self.outcome.take()
     }
 
     /// What a caller gets. Who finds nothing sets a fetch going, unless one has just failed.
@@ -186,11 +165,16 @@ impl Identity {
     }
 
     /// KMS refused these credentials: they are dropped and fetched anew. Those of an earlier life are
-    /// ignored, so that a burst of refusals renews once. `false`: they were renewed for that reason a moment
-    /// ago and have never worked; asking again would only burden the metadata service.
+    /// ignored, so that a burst of refusals renews once. `false`: there are no others to be had, because they
+    /// cannot be renewed, or were for that reason a moment ago and have never worked.
     pub fn refused(&mut self, refused: &Rc<Credentials>, now: Mono) -> bool {
         if !self.held.as_ref().is_some_and(|held| Rc::ptr_eq(&held.credentials, refused)) {
             return true;
+        }
+        if refused.expires_unix_s.is_none() {
+            let name = self.chain.name();
+            self.trouble.tell(format!("KMS refuses {name}; replace it and start the agent anew"), now);
+            return false;
         }
         if self.refused_last.is_some_and(|last| now < last.after(DEMAND_PAUSE)) {
             return false;
@@ -209,184 +193,103 @@ impl Identity {
     }
 
     fn begin(&mut self, now: Mono) {
-        self.metadata.begin(now);
-        self.state = State::Asking { out: false };
+        let outcome = self.chain.begin(now);
+        self.go_on(outcome, now);
     }
 
-    /// Whether a question is to be asked now; its request is then taken by [`Identity::write_request`]
-    /// and answered by [`Identity::on_answer`].
-    pub fn poll(&mut self, now: Mono) -> bool {
+    /// Whom to ask something now. The request is then written by [`Identity::write_request`] and its outcome
+    /// told to [`Identity::on_answer`].
+    pub fn poll(&mut self, now: Mono) -> Option<Question> {
         match &self.state {
             State::Resting { at } | State::Failed { at, .. } if now >= *at => self.begin(now),
             _ => {}
         }
-        if let State::Asking { out: out @ false } = &mut self.state {
-            *out = true;
-            return true;
+        match &mut self.state {
+            State::Asking { question, out: out @ false } => {
+                *out = true;
+                Some(question.clone())
+            }
+            _ => None,
         }
-        false
     }
 
     /// When [`Identity::poll`] is next worth calling.
     #[must_use]
-    pub fn next_deadline(&self) -> Mono {
+    pub const fn next_deadline(&self) -> Mono {
         match self.state {
             State::Resting { at } | State::Failed { at, .. } => at,
-            State::Asking { out: false } => Mono::default(),
-            State::Asking { out: true } => Mono::NEVER,
+            State::Asking { out: false, .. } => Mono::from_micros(0),
+            State::Asking { out: true, .. } => Mono::NEVER,
         }
     }
 
-    /// Writes the request that is due, whole.
-    pub fn write_request(&mut self, out: &mut Vec<u8>, authority: &str) {
-        self.metadata.write_request(out, authority);
+    /// Writes the request that is due, whole. It may hold a token: wipe it after use.
+    pub fn write_request(&mut self, out: &mut Vec<u8>, now: Now) {
+        let now = self.on_their_clock(now);
+        self.chain.write_request(out, now, &mut self.random);
     }
 
-    /// Takes the answer to it. `Some`: the fetch has ended, well or with the error.
-    pub fn on_answer(
-        &mut self,
-        answer: Result<&Response, &CallError>,
-        now: Now,
-        random: &mut Random,
-    ) -> Option<Result<(), IdentityError>> {
-        match self.metadata.on_answer(answer, now) {
-            Ok(Progress::More) => {
-                self.state = State::Asking { out: false };
-                None
-            }
-            Ok(Progress::Done(credentials)) => {
+    /// Takes the answer to it.
+    pub fn on_answer(&mut self, answer: Result<&Response, &CallError>, now: Now) {
+        if let Ok(Response { date_unix_s: Some(theirs), .. }) = answer {
+            self.clock_offset_s = theirs.saturating_sub(now.unix_s);
+        }
+        let outcome = self.chain.on_answer(answer, self.on_their_clock(now));
+        self.go_on(outcome, now.mono);
+    }
+
+    const fn on_their_clock(&self, now: Now) -> Now {
+        Now { unix_s: now.unix_s.saturating_add(self.clock_offset_s), ..now }
+    }
+
+    fn go_on(&mut self, outcome: Result<Progress, IdentityError>, now: Mono) {
+        self.state = match outcome {
+            Ok(Progress::Ask(question)) => State::Asking { question, out: false },
+            Ok(Progress::Done(Grant { credentials, life })) => {
                 self.failures = 0;
-                let (ends, renew) = life(&credentials, now);
-                self.held = Some(Held { credentials: Rc::new(credentials), ends });
-                self.state = State::Resting { at: renew };
-                Some(Ok(()))
+                self.outcome = Some(Ok(()));
+                self.trouble = Trouble::default();
+                let (ends, at) = life.map_or((Mono::NEVER, Mono::NEVER), |life| term(life, now));
+                self.held = Some(Held { credentials, ends });
+                log::info!("credentials of {} fetched", self.chain.name());
+                State::Resting { at }
             }
             Err(error) => {
                 self.failures = self.failures.saturating_add(1);
-                let at = now.mono.after(retry::backoff(self.failures, BACKOFF_CAP, random));
-                self.state = State::Failed { error: error.clone(), failed: now.mono, at };
-                Some(Err(error))
+                self.outcome = Some(Err(error.clone()));
+                self.trouble.tell(format!("no credentials: {error}"), now);
+                let at = now.after(retry::backoff(self.failures, BACKOFF_CAP, &mut self.random));
+                State::Failed { error, failed: now, at }
             }
-        }
+        };
     }
 }
 
-/// When credentials end, and when they are renewed.
-fn life(credentials: &Credentials, now: Now) -> (Mono, Mono) {
-    let Some(expires_unix_s) = credentials.expires_unix_s else { return (Mono::NEVER, Mono::NEVER) };
-    let life = Duration::from_secs(u64::try_from(expires_unix_s.saturating_sub(now.unix_s)).unwrap_or(0));
+/// When credentials with so much life left end, and when they are renewed.
+fn term(life: Duration, now: Mono) -> (Mono, Mono) {
     let renew = (life * RENEW_AT_PER_CENT / 100).max(life.saturating_sub(RENEW_AHEAD));
-    (now.mono.after(life), now.mono.after(renew))
+    (now.after(life), now.after(renew))
+}
+
+/// Tells of trouble when it changes, and once in a while as long as it does not.
+#[derive(Debug, Default)]
+struct Trouble {
+    told: String,
+    at: Mono,
+    left_out: u64,
+}
+
+impl Trouble {
+    fn tell(&mut self, text: String, now: Mono) {
+        if text == self.told && now < self.at.after(TOLD_AGAIN) {
+            self.left_out = self.left_out.saturating_add(1);
+            return;
+        }
+        let left_out = if text == self.told { self.left_out } else { 0 };
+        log::warn!("{text}{}", LeftOut(left_out));
+        *self = Trouble { told: text, at: now, left_out: 0 };
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::http::response::ResponseParser;
-
-    fn at(seconds: u64) -> Now {
-        Now { mono: Mono::from_micros(seconds * 1_000_000), unix_s: i64::try_from(seconds).unwrap() }
-    }
-
-    fn identity() -> Identity {
-        Identity::new(Wanted { role: Some("app".into()), ..Wanted::default() })
-    }
-
-    fn answer(
-        identity: &mut Identity,
-        now: Now,
-        status: u16,
-        body: &str,
-    ) -> Option<Result<(), IdentityError>> {
-        let mut random = Random::from_seed(1);
-        let mut parser = ResponseParser::new(10_000);
-        let bytes = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-        parser.feed(bytes.as_bytes()).unwrap();
-        identity.on_answer(Ok(&parser.into_response()), now, &mut random)
-    }
-
-    fn fetch(identity: &mut Identity, now: Now, ends: &str) {
-        assert!(identity.poll(now.mono));
-        identity.write_request(&mut Vec::new(), "h");
-        if answer(identity, now, 200, "token").is_none() {
-            assert!(identity.poll(now.mono));
-        }
-        identity.write_request(&mut Vec::new(), "h");
-        let body = format!(
-            r#"{{"Code":"Success","AccessKeyId":"a","AccessKeySecret":"b","SecurityToken":"c","Expiration":"{ends}"}}"#
-        );
-        assert_eq!(answer(identity, now, 200, &body), Some(Ok(())));
-    }
-
-    #[test]
-    fn renewed_at_80_per_cent_or_15_minutes_ahead_whichever_is_later() {
-        for (life_s, renew_s) in [(1000, 800), (3600, 2880), (6 * 3600, 6 * 3600 - 900)] {
-            let credentials = Credentials {
-                access_key_id: String::new(),
-                access_key_secret: vec![].into(),
-                security_token: None,
-                expires_unix_s: Some(100 + life_s),
-            };
-            let (ends, renew) = life(&credentials, at(100));
-            assert_eq!(ends, at(100 + u64::try_from(life_s).unwrap()).mono);
-            assert_eq!(renew, at(100 + renew_s).mono);
-        }
-    }
-
-    #[test]
-    fn kept_to_their_end_when_renewal_fails_and_healed_after() {
-        let mut identity = identity();
-        assert!(matches!(identity.standing(at(0).mono), Standing::Pending));
-        fetch(&mut identity, at(0), "1970-01-01T00:16:40Z");
-        assert!(matches!(identity.standing(at(1).mono), Standing::Ready(_)));
-        assert_eq!(identity.next_deadline(), at(800).mono);
-
-        assert!(!identity.poll(at(799).mono) && identity.poll(at(800).mono));
-        assert!(!identity.poll(at(800).mono), "one fetch at a time");
-        identity.write_request(&mut Vec::new(), "h");
-        assert_eq!(answer(&mut identity, at(800), 500, ""), Some(Err(IdentityError::Status(500))));
-        assert!(matches!(identity.standing(at(999).mono), Standing::Ready(_)));
-        assert!(identity.next_deadline() <= at(801).mono, "retried soon");
-        assert!(
-            matches!(identity.standing(at(1000).mono), Standing::Pending),
-            "somebody waits: asked at once"
-        );
-
-        assert!(identity.poll(at(1000).mono));
-        identity.write_request(&mut Vec::new(), "h");
-        answer(&mut identity, at(1000), 500, "");
-        assert!(matches!(
-            identity.standing(at(1000).mono),
-            Standing::Failed { error: IdentityError::Status(500), .. }
-        ));
-        fetch(&mut identity, at(1011), "1970-01-01T10:00:00Z");
-        assert!(matches!(identity.standing(at(1011).mono), Standing::Ready(_)));
-    }
-
-    #[test]
-    fn a_method_that_is_not_there_is_nobody() {
-        let mut identity = Identity::unavailable(IdentityError::NotInThisVersion("oidc"));
-        assert!(!identity.poll(at(1_000_000).mono));
-        let Standing::Failed { error, .. } = identity.standing(at(1_000_000).mono) else { panic!() };
-        assert!(error.to_string().contains("oidc is not in this version"));
-    }
-
-    #[test]
-    fn a_burst_of_refusals_renews_once() {
-        let mut identity = identity();
-        fetch(&mut identity, at(0), "1970-01-01T10:00:00Z");
-        let Standing::Ready(old) = identity.standing(at(1).mono) else { panic!() };
-        let old = Rc::clone(old);
-        assert!(identity.refused(&old, at(1).mono) && identity.refused(&old, at(1).mono));
-        fetch(&mut identity, at(1), "1970-01-01T10:00:00Z");
-        assert!(identity.refused(&old, at(2).mono));
-        let Standing::Ready(new) = identity.standing(at(1).mono) else { panic!() };
-        let new = Rc::clone(new);
-        assert!(!identity.refused(&new, at(1).mono), "renewed a moment ago: no use");
-        identity.accepted();
-        assert!(identity.refused(&new, at(1).mono), "they had worked");
-        fetch(&mut identity, at(1), "1970-01-01T10:00:00Z");
-        assert!(matches!(identity.standing(at(2).mono), Standing::Ready(_)));
-        assert!(!identity.poll(at(2).mono));
-    }
-}
+mod tests;

@@ -210,8 +210,8 @@ fn is_of(code: &str, family: &str) -> bool {
     code.strip_prefix(family).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// The error in a body as KMS gives it: a JSON object with at least a `Code`.
-fn kms_error(response: &Response) -> Option<KmsError> {
+/// The error in a body as KMS, and STS likewise, gives it: a JSON object with at least a `Code`.
+pub(crate) fn kms_error(response: &Response) -> Option<KmsError> {
     let members: Members<'_> = serde_json::from_slice(&response.body).ok()?;
     let field = |name, bytes_max| text(&members, name).map(|text| printable(&text, bytes_max));
     Some(KmsError {

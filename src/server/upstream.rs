@@ -1,4 +1,4 @@
-//! The other side of the loop: connections to KMS and the metadata service.
+//! The other side of the loop: connections to KMS and to whoever gives credentials.
 
 use super::{Server, wipe};
 use crate::call::{Call, Service};
@@ -13,7 +13,7 @@ use zeroize::Zeroize as _;
 /// Looked-up addresses are used again for so long; a failed connect forgets them at once.
 const ADDRESSES_LIFE: Duration = Duration::from_secs(60);
 
-/// The addresses of the last name looked up; only KMS has a name.
+/// The addresses of the last name looked up: KMS's, but for the rare call to STS.
 #[derive(Debug, Default)]
 pub(super) struct Addresses {
     host: String,
@@ -92,10 +92,7 @@ impl<N: Net> Server<N> {
         if was_connecting {
             step = match self.net.connected(token) {
                 Ok(()) => {
-                    let tls = match conn.service() {
-                        Service::Kms => self.tls.clone(),
-                        Service::Metadata => None,
-                    };
+                    let tls = self.tls.clone().filter(|_| conn.service().uses_tls());
                     conn.on_connected(tls, self.now.mono)
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Step::Wait,

@@ -13,7 +13,6 @@ use faults::{Fault, Hits, Plan};
 use kms_agent::broker::Broker;
 use kms_agent::config::{Config, HostPort, ResponseType};
 use kms_agent::identity::Identity;
-use kms_agent::identity::metadata::Wanted;
 use kms_agent::net::{Event, Signal};
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
@@ -228,8 +227,8 @@ pub fn run(seed: u64, ticks_max: Option<u64>, printing: bool) -> Outcome {
     let set = world.borrow().set.clone();
     let config = config(&set);
     let token = Secret::from(world.borrow().model.tokens[0].1.as_str());
-    let wanted = Wanted { role: None, region: set.region_asked, hardened_only: false };
-    let broker = Broker::new(&config, token, Identity::new(wanted), Random::from_seed(seed));
+    let identity = Identity::from_config(&config.kms, &|_| None, Random::from_seed(!seed)).expect("a role");
+    let broker = Broker::new(&config, token, identity, Random::from_seed(seed));
     let mut server = Server::new(Parts {
         net: SimNet(Rc::clone(&world)),
         broker,

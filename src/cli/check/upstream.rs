@@ -7,7 +7,7 @@ use crate::cli::{run, status};
 use crate::config::{Config, ENDPOINT_PORT, HostPort, METADATA_PORT};
 use crate::conn::tls;
 use crate::http::response::Response;
-use crate::identity::{IdentityError, Standing};
+use crate::identity::Standing;
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::request;
 use crate::kms::sign::Credentials;
@@ -77,30 +77,48 @@ fn skew(date_unix_s: Option<i64>, prober: &Prober) -> Option<i64> {
 
 /// The credentials as the agent would get them.
 struct Who {
-    credentials: Result<Rc<Credentials>, IdentityError>,
+    credentials: Result<Rc<Credentials>, Nobody>,
+    /// `the instance's RAM role`.
+    name: &'static str,
     region: Option<String>,
+}
+
+/// Why there are none.
+struct Nobody {
+    why: String,
+    for_want_of_metadata: bool,
 }
 
 /// Runs the agent's own credential fetch to its first end.
 fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> Who {
-    let mut identity = run::identity(config, &|name| std::env::var_os(name));
-    let origin = &config.kms.metadata_endpoint;
+    let mut identity = match run::identity(config, &|name| std::env::var_os(name), random) {
+        Ok(identity) => identity,
+        Err(error) => {
+            let nobody = Nobody { why: error.to_string(), for_want_of_metadata: false };
+            return Who { credentials: Err(nobody), name: "nobody", region: None };
+        }
+    };
     let credentials = loop {
         let now = prober.now().mono;
         match identity.standing(now) {
             Standing::Ready(credentials) => break Ok(Rc::clone(credentials)),
-            Standing::Failed { error, .. } => break Err(error.clone()),
+            Standing::Failed { error, .. } => {
+                break Err(Nobody {
+                    why: error.to_string(),
+                    for_want_of_metadata: error.is_for_want_of_metadata(),
+                });
+            }
             Standing::Pending => {}
         }
-        if identity.poll(now) {
-            let outcome = prober.call(Service::Metadata, origin, &mut |out| {
-                identity.write_request(out, &origin.authority(METADATA_PORT));
+        if let Some(question) = identity.poll(now) {
+            let outcome = prober.call(question.service, &question.origin, &mut |out| {
+                identity.write_request(out, prober.now());
                 Ok(())
             });
-            identity.on_answer(outcome.result.as_ref(), prober.now(), random);
+            identity.on_answer(outcome.result.as_ref(), prober.now());
         }
     };
-    Who { credentials, region: identity.region().map(str::to_owned) }
+    Who { credentials, name: identity.name(), region: identity.region().map(str::to_owned) }
 }
 
 /// Asks for a session token, as each conversation with the service begins: any answer shows that it is there.
@@ -130,7 +148,8 @@ fn tell_metadata(config: &Config, answer: &Result<Response, CallError>, who: &Wh
         Ok(reply) => format!("{origin} answers {}", reply.status),
         Err(error) => error.to_string(),
     };
-    if who.credentials.is_ok() && endpoint(config, who).is_some() {
+    let is_needed = who.credentials.as_ref().is_err_and(|nobody| nobody.for_want_of_metadata);
+    if !is_needed && endpoint(config, who).is_some() {
         return report.ok(STEP, format_args!("not needed with this configuration ({what})"));
     }
     report.failed(
@@ -149,24 +168,21 @@ fn tell_credentials(metadata: &Result<Response, CallError>, who: &Who, prober: &
             Some(end) => {
                 let left_s = end.saturating_sub(prober.now().unix_s);
                 let left = status::duration(u64::try_from(left_s).unwrap_or(0));
-                report.ok(STEP, format_args!("there, for another {left}"));
+                report.ok(STEP, format_args!("there, for another {left}: {}", who.name));
             }
-            None => report.ok(STEP, "there, without an end"),
+            None => report.ok(STEP, format_args!("there, without an end: {}", who.name)),
         },
-        Err(IdentityError::Unreachable(_)) if metadata.is_err() => {
+        Err(nobody) if nobody.for_want_of_metadata && metadata.is_err() => {
             report.skipped(STEP, "need the metadata service");
         }
-        Err(error) => report.failed(STEP, error),
+        Err(nobody) => report.failed(STEP, &nobody.why),
     }
 }
 
 // ---- The way to KMS ----
 
 fn endpoint(config: &Config, who: &Who) -> Option<HostPort> {
-    let region = config.kms.region.as_deref().or(who.region.as_deref());
-    let named =
-        || region.map(|it| HostPort { host: format!("kms-vpc.{it}.aliyuncs.com"), port: ENDPOINT_PORT });
-    config.kms.endpoint.clone().or_else(named)
+    config.kms.endpoint().or_else(|| who.region.as_deref().map(HostPort::kms_in))
 }
 
 fn tell_way(

@@ -1,0 +1,297 @@
+//! Which ways to be someone there are here, and in which order they are tried: `AuthType`, or the default
+//! credential chain of the official SDKs (KMS_PROTOCOL.md 4).
+
+use super::IdentityError;
+use super::environment::Environment;
+use super::instance_identity::{self, InstanceIdentity};
+use super::metadata::Metadata;
+use super::oidc::Oidc;
+use super::provider::{Progress, Provider, Shared};
+use super::ram_role::{RamRole, is_role_name};
+use super::uri::CredentialsUri;
+use crate::call::CallError;
+use crate::config::{AuthType, Kms};
+use crate::http::response::Response;
+use crate::random::Random;
+use crate::time::{Mono, Now};
+use std::ffi::OsString;
+use std::fmt;
+
+const ROLE_NAME: &str = "ALIBABA_CLOUD_ECS_METADATA";
+const METADATA_DISABLED: &str = "ALIBABA_CLOUD_ECS_METADATA_DISABLED";
+const PLAIN_DISABLED: &str = "ALIBABA_CLOUD_IMDSV1_DISABLED";
+
+/// Why a provider cannot be had with this configuration and environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotConfigured {
+    /// It is not wanted: a variable is not set. The chain goes on to the next provider.
+    Missing(String),
+    /// It is wanted, but in a way that cannot be meant.
+    Wrong(String),
+}
+
+impl fmt::Display for NotConfigured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NotConfigured::Missing(what) | NotConfigured::Wrong(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for NotConfigured {}
+
+/// The environment. A variable that is set to nothing is as good as not set.
+pub struct Env<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
+
+impl Env<'_> {
+    /// A variable's value.
+    ///
+    /// # Errors
+    /// When it is not UTF-8.
+    pub fn text(&self, name: &str) -> Result<Option<String>, NotConfigured> {
+        let value = (self.0)(name).map(OsString::into_string).transpose();
+        let value = value.map_err(|_| NotConfigured::Wrong(format!("{name} is not UTF-8")))?;
+        Ok(value.filter(|value| !value.is_empty()))
+    }
+
+    /// Whether a variable says `true`, in any case.
+    #[must_use]
+    pub fn is_true(&self, name: &str) -> bool {
+        (self.0)(name).is_some_and(|value| value.eq_ignore_ascii_case("true"))
+    }
+
+    /// Sees that all of them are set.
+    ///
+    /// # Errors
+    /// Those that are not.
+    pub fn need(&self, names: &[&str]) -> Result<(), NotConfigured> {
+        let is_missing = |name: &&&str| (self.0)(name).is_none_or(|value| value.is_empty());
+        let missing: Vec<&str> = names.iter().filter(is_missing).copied().collect();
+        match missing.as_slice() {
+            [] => Ok(()),
+            [name] => Err(NotConfigured::Missing(format!("{name} is not set"))),
+            names => Err(NotConfigured::Missing(format!("{} are not set", names.join(", ")))),
+        }
+    }
+}
+
+/// What is being asked.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    Region,
+    Provider(usize),
+}
+
+/// The providers in their order. Until one has given credentials, the next is tried when one fails; from
+/// then on it is that one alone.
+#[derive(Debug)]
+pub struct Chain {
+    shared: Shared,
+    /// The metadata service is to be asked for the region, which nothing else names.
+    region_wanted: bool,
+    /// At least one.
+    providers: Vec<Box<dyn Provider>>,
+    stage: Stage,
+    serving: Option<usize>,
+    /// Those before `stage` that failed in this conversation.
+    failed: Vec<(&'static str, IdentityError)>,
+}
+
+impl Chain {
+    /// The providers that configuration and environment ask for. Says in the log which ones, and why not others
+    /// before them.
+    ///
+    /// # Errors
+    /// When what is asked for cannot be: the message names key or variable.
+    pub fn from_config(kms: &Kms, env: &dyn Fn(&str) -> Option<OsString>) -> Result<Chain, NotConfigured> {
+        let env = &Env(env);
+        let providers = match (kms.auth_type, &kms.aap_arn) {
+            (AuthType::Auto, None) => default_chain(kms, env)?,
+            (AuthType::RamRole, _) => vec![ram_role(kms, env)?],
+            (AuthType::Auto | AuthType::InstanceIdentity, _) => vec![instance_identity(kms)?],
+            (AuthType::AccessKey, _) => vec![pinned("access_key", boxed(Environment::find(env)))?],
+            (AuthType::Oidc, _) => vec![pinned("oidc", boxed(Oidc::find(env, kms)))?],
+        };
+        let names: Vec<_> = providers.iter().map(|provider| provider.name()).collect();
+        log::info!("identity: {}", names.join(", or else "));
+        let metadata = Metadata::new(kms.metadata_endpoint.clone(), env.is_true(PLAIN_DISABLED));
+        Ok(Chain {
+            shared: Shared { metadata, region: None },
+            region_wanted: kms.endpoint().is_none(),
+            providers,
+            stage: Stage::Provider(0),
+            serving: None,
+            failed: Vec::new(),
+        })
+    }
+
+    /// The region, if the metadata service was asked for it and has answered.
+    #[must_use]
+    pub fn region(&self) -> Option<&str> {
+        self.shared.region.as_deref()
+    }
+
+    /// Who gave the credentials, or is tried first.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.providers.get(self.serving.unwrap_or(0)).map_or("nobody", |provider| provider.name())
+    }
+
+    /// Begins a conversation.
+    ///
+    /// # Errors
+    /// When it ends before anybody is asked.
+    pub fn begin(&mut self, now: Mono) -> Result<Progress, IdentityError> {
+        self.failed.clear();
+        self.shared.metadata.begin(now);
+        if self.region_wanted && self.shared.region.is_none() {
+            self.stage = Stage::Region;
+            return Ok(self.ask_region());
+        }
+        self.begin_with(self.serving.unwrap_or(0), now)
+    }
+
+    fn ask_region(&self) -> Progress {
+        Progress::Ask(self.shared.metadata.question())
+    }
+
+    fn begin_with(&mut self, at: usize, now: Mono) -> Result<Progress, IdentityError> {
+        self.stage = Stage::Provider(at);
+        let Some(provider) = self.providers.get_mut(at) else {
+            return Err(IdentityError::Everyone(std::mem::take(&mut self.failed)));
+        };
+        let outcome = provider.begin(&mut self.shared, now);
+        self.go_on(at, outcome, now)
+    }
+
+    /// What follows from a provider's step.
+    fn go_on(
+        &mut self,
+        at: usize,
+        outcome: Result<Progress, IdentityError>,
+        now: Mono,
+    ) -> Result<Progress, IdentityError> {
+        match outcome {
+            Ok(Progress::Done(grant)) => {
+                self.serving = Some(at);
+                for (name, error) in self.failed.drain(..) {
+                    log::info!("not {name}: {error}");
+                }
+                Ok(Progress::Done(grant))
+            }
+            Err(error) if self.serving.is_none() && self.providers.len() > 1 => {
+                let name = self.providers.get(at).map_or("", |provider| provider.name());
+                self.failed.push((name, error));
+                self.begin_with(at.saturating_add(1), now)
+            }
+            other => other,
+        }
+    }
+
+    /// Writes the request of the question asked last.
+    pub fn write_request(&self, out: &mut Vec<u8>, now: Now, random: &mut Random) {
+        match self.stage {
+            Stage::Region => self.shared.metadata.write_region_request(out),
+            Stage::Provider(at) => {
+                if let Some(provider) = self.providers.get(at) {
+                    provider.write_request(&self.shared, out, now, random);
+                }
+            }
+        }
+    }
+
+    /// Takes the answer to it.
+    ///
+    /// # Errors
+    /// When the conversation has ended without credentials.
+    pub fn on_answer(
+        &mut self,
+        answer: Result<&Response, &CallError>,
+        now: Now,
+    ) -> Result<Progress, IdentityError> {
+        match self.stage {
+            Stage::Region => {
+                let region = self.shared.metadata.on_region_answer(answer, now.mono);
+                self.shared.region = region.map_err(|error| IdentityError::Region(Box::new(error)))?;
+                if self.shared.region.is_none() {
+                    return Ok(self.ask_region());
+                }
+                self.begin_with(self.serving.unwrap_or(0), now.mono)
+            }
+            Stage::Provider(at) => match self.providers.get_mut(at) {
+                Some(provider) => {
+                    let outcome = provider.on_answer(&mut self.shared, answer, now);
+                    self.go_on(at, outcome, now.mono)
+                }
+                None => self.begin_with(at, now.mono),
+            },
+        }
+    }
+}
+
+type Found = Result<Box<dyn Provider>, NotConfigured>;
+
+fn boxed<P: Provider + 'static>(found: Result<P, NotConfigured>) -> Found {
+    found.map(|provider| Box::new(provider) as Box<dyn Provider>)
+}
+
+/// With `AuthType` set to this one a missing variable is a mistake.
+fn pinned(auth_type: &str, found: Found) -> Found {
+    found.map_err(|problem| NotConfigured::Wrong(format!("[KMS] AuthType = \"{auth_type}\": {problem}")))
+}
+
+fn ram_role(kms: &Kms, env: &Env<'_>) -> Found {
+    let role = match &kms.role_name {
+        Some(role) => Some(role.clone()),
+        None => env.text(ROLE_NAME)?,
+    };
+    if role.as_deref().is_some_and(|role| !is_role_name(role)) {
+        return Err(NotConfigured::Wrong(format!("{ROLE_NAME} is not the name of a RAM role")));
+    }
+    Ok(Box::new(RamRole::new(role)))
+}
+
+fn instance_identity(kms: &Kms) -> Found {
+    let (Some(aap), Some(endpoint)) = (&kms.aap_arn, kms.endpoint()) else {
+        return Err(NotConfigured::Wrong("[KMS] AuthType = \"instance_identity\": needs AapArn".to_owned()));
+    };
+    log::warn!("{}", instance_identity::PROVISIONAL);
+    Ok(Box::new(InstanceIdentity::new(aap.clone(), endpoint)))
+}
+
+/// Those of the default credential chain that are configured. The SDKs' profile files are not among them: they
+/// are a person's, and this is a daemon.
+fn default_chain(kms: &Kms, env: &Env<'_>) -> Result<Vec<Box<dyn Provider>>, NotConfigured> {
+    let on_ecs = || match env.is_true(METADATA_DISABLED) {
+        true => Err(NotConfigured::Missing(format!("{METADATA_DISABLED} is true"))),
+        false => ram_role(kms, env),
+    };
+    let candidates: [(&str, &dyn Fn() -> Found); 4] = [
+        ("the access key in the environment", &|| boxed(Environment::find(env))),
+        ("the OIDC role", &|| boxed(Oidc::find(env, kms))),
+        ("the instance's RAM role", &on_ecs),
+        ("the credentials URI", &|| boxed(CredentialsUri::find(env))),
+    ];
+    let mut providers = Vec::new();
+    let mut skipped = Vec::new();
+    for (name, find) in candidates {
+        match find() {
+            Ok(provider) => providers.push(provider),
+            Err(NotConfigured::Missing(why)) if providers.is_empty() => {
+                skipped.push(format!("{name}: {why}"))
+            }
+            Err(NotConfigured::Missing(_)) => {}
+            Err(wrong) => return Err(wrong),
+        }
+    }
+    if providers.is_empty() {
+        return Err(NotConfigured::Wrong(format!(
+            "[KMS] AuthType = \"auto\" finds nobody to be: {}",
+            skipped.join("; ")
+        )));
+    }
+    for skipped in skipped {
+        log::info!("identity: not {skipped}");
+    }
+    Ok(providers)
+}

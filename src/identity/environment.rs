@@ -1,0 +1,66 @@
+//! An access key from the environment.
+
+use super::IdentityError;
+use super::chain::{Env, NotConfigured};
+use super::provider::{Grant, Progress, Provider, Shared};
+use crate::call::CallError;
+use crate::http::response::Response;
+use crate::kms::sign::Credentials;
+use crate::random::Random;
+use crate::secret::Secret;
+use crate::time::{Mono, Now};
+use std::rc::Rc;
+
+const ID: &str = "ALIBABA_CLOUD_ACCESS_KEY_ID";
+const SECRET: &str = "ALIBABA_CLOUD_ACCESS_KEY_SECRET";
+const TOKEN: &str = "ALIBABA_CLOUD_SECURITY_TOKEN";
+
+/// An access key that was in the environment when the agent started. Nobody needs to be asked, and nobody
+/// can be asked for another one.
+#[derive(Debug)]
+pub struct Environment(Rc<Credentials>);
+
+impl Environment {
+    /// The variables' access key.
+    ///
+    /// # Errors
+    /// Which variable is missing, or has a value that cannot be one.
+    pub fn find(env: &Env<'_>) -> Result<Environment, NotConfigured> {
+        env.need(&[ID, SECRET])?;
+        let header_value = |name: &'static str| match env.text(name)? {
+            // They go into header lines.
+            Some(value) if !value.bytes().all(|byte| byte.is_ascii_graphic()) => Err(NotConfigured::Wrong(
+                format!("{name} holds white space or other characters that no key has"),
+            )),
+            value => Ok(value),
+        };
+        Ok(Environment(Rc::new(Credentials {
+            access_key_id: header_value(ID)?.unwrap_or_default(),
+            access_key_secret: Secret::from(header_value(SECRET)?.unwrap_or_default()),
+            security_token: header_value(TOKEN)?.map(Secret::from),
+            expires_unix_s: None,
+        })))
+    }
+}
+
+impl Provider for Environment {
+    fn name(&self) -> &'static str {
+        "the access key in the environment"
+    }
+
+    fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {
+        Ok(Progress::Done(Grant { credentials: Rc::clone(&self.0), life: None }))
+    }
+
+    // Nothing is ever asked.
+    fn write_request(&self, _: &Shared, _: &mut Vec<u8>, _: Now, _: &mut Random) {}
+
+    fn on_answer(
+        &mut self,
+        shared: &mut Shared,
+        _: Result<&Response, &CallError>,
+        now: Now,
+    ) -> Result<Progress, IdentityError> {
+        self.begin(shared, now.mono)
+    }
+}

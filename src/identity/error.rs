@@ -1,0 +1,163 @@
+//! Why there are no credentials, told for the person who has to do something about it.
+
+use crate::config::HostPort;
+use std::fmt;
+use std::path::PathBuf;
+
+/// Why there are no credentials. Nothing secret is in it, and its text stays the same as long as the trouble
+/// does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum IdentityError {
+    /// Whom we asked did not give us what we need.
+    Service(Asked, Problem),
+    /// The OIDC token's file holds no token, or cannot be read.
+    TokenFile(PathBuf, String),
+    /// The metadata service did not say which region this is.
+    Region(Box<IdentityError>),
+    /// Each one of the chain failed; with the names of the providers.
+    Everyone(Vec<(&'static str, IdentityError)>),
+}
+
+/// Who was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// The instance metadata service.
+    Metadata,
+    /// The Security Token Service.
+    Sts,
+    /// What `ALIBABA_CLOUD_CREDENTIALS_URI` names. Not the URI itself: its query may hold a secret.
+    CredentialsUri(HostPort),
+    /// KMS, by an application access point.
+    AccessPoint,
+}
+
+/// What was wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Problem {
+    /// No connection, or no usable reply in time.
+    Unreachable(String),
+    /// The instance has no RAM role, or not the one that is configured.
+    NoRole(Option<String>),
+    /// The metadata service has no signed identity of this instance.
+    NoSignedIdentity,
+    /// 401 or 403 of the metadata service although the token was new.
+    Denied(u16),
+    /// Metadata tokens do not work and plain GETs are forbidden.
+    HardenedOnly(String),
+    /// A refusal with its `Code` and `Message`.
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// `Code`, and `Message` unless that quoted a token.
+        text: String,
+    },
+    /// Another status.
+    Status(u16),
+    /// A `Code` other than `Success`.
+    Code(String),
+    /// An answer that is not what it is documented to be.
+    Malformed(&'static str),
+    /// Credentials that were past their end when they came; their `Expiration`.
+    Expired(String),
+}
+
+impl IdentityError {
+    /// Whether it is that the metadata service cannot be reached, or fails as a whole.
+    #[must_use]
+    pub fn is_for_want_of_metadata(&self) -> bool {
+        match self {
+            IdentityError::Service(Asked::Metadata, Problem::Unreachable(_) | Problem::Status(500..)) => true,
+            IdentityError::Region(error) => error.is_for_want_of_metadata(),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Asked::Metadata => f.write_str("metadata service"),
+            Asked::Sts => f.write_str("STS"),
+            Asked::CredentialsUri(origin) => write!(f, "credentials URI at {origin}"),
+            Asked::AccessPoint => f.write_str("application access point"),
+        }
+    }
+}
+
+impl fmt::Display for IdentityError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IdentityError::Service(asked, problem) => {
+                write!(f, "{asked}: {problem}")?;
+                f.write_str(advice(asked, problem))
+            }
+            IdentityError::TokenFile(path, why) => {
+                write!(f, "OIDC token file {}: {why}; see ALIBABA_CLOUD_OIDC_TOKEN_FILE", path.display())
+            }
+            IdentityError::Region(error) => {
+                write!(f, "{error}; it is asked for the region as neither [KMS] Region nor Endpoint is set")
+            }
+            IdentityError::Everyone(errors) => {
+                errors.iter().enumerate().try_for_each(|(number, (name, error))| {
+                    write!(f, "{}{name}: {error}", if number == 0 { "" } else { "; " })
+                })
+            }
+        }
+    }
+}
+
+impl std::error::Error for IdentityError {}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Problem::Unreachable(what) => f.write_str(what),
+            Problem::NoRole(None) => f.write_str("no RAM role is attached to this instance"),
+            Problem::NoRole(Some(role)) => write!(f, "the RAM role {role} is not attached to this instance"),
+            Problem::NoSignedIdentity => f.write_str("it has no signed identity of this instance"),
+            Problem::Denied(status) => {
+                write!(f, "it refused our request with {status} although its token is new")
+            }
+            Problem::HardenedOnly(why) => {
+                write!(
+                    f,
+                    "hardened mode failed ({why}) and ALIBABA_CLOUD_IMDSV1_DISABLED forbids plain requests"
+                )
+            }
+            Problem::Refused { status, text } => write!(f, "it refused with {status} {text}"),
+            Problem::Status(status) => write!(f, "it answered {status}"),
+            Problem::Code(code) => write!(f, "it has no credentials: {code}"),
+            Problem::Malformed(what) => write!(f, "it gave {what} that cannot be read"),
+            Problem::Expired(end) => {
+                write!(
+                    f,
+                    "it gave credentials that ended at {end}; if that is still to come, this host's clock is wrong"
+                )
+            }
+        }
+    }
+}
+
+/// What to do about it, as the end of the message.
+fn advice(asked: &Asked, problem: &Problem) -> &'static str {
+    match (asked, problem) {
+        (Asked::Metadata, Problem::Unreachable(_)) => {
+            "; on an ECS instance look for a firewall rule against it, elsewhere use another identity"
+        }
+        (_, Problem::NoRole(None)) => "; attach one that may call kms:GetSecretValue",
+        (_, Problem::NoRole(Some(_))) => "; attach it, or correct [KMS] RoleName",
+        (_, Problem::NoSignedIdentity) => "; instance identity needs an ECS instance",
+        (_, Problem::Denied(_)) => "; see the instance's metadata options (HttpEndpoint, HttpTokens)",
+        (Asked::Metadata, Problem::Code(_)) => "; see that the RAM role exists and trusts ecs.aliyuncs.com",
+        (Asked::Sts, Problem::Unreachable(_)) => {
+            "; see ALIBABA_CLOUD_STS_REGION and ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED"
+        }
+        (Asked::Sts, Problem::Refused { status: 400..=499, .. }) => {
+            "; see the OIDC token, ALIBABA_CLOUD_ROLE_ARN, ALIBABA_CLOUD_OIDC_PROVIDER_ARN and the role's trust policy"
+        }
+        (Asked::AccessPoint, Problem::Refused { status: 400..=499, .. }) => {
+            "; see [KMS] AapArn, the access point in the KMS console, and this host's clock"
+        }
+        _ => "",
+    }
+}

@@ -1,0 +1,80 @@
+//! The instance's RAM role: its credentials are at the metadata service.
+#![warn(clippy::indexing_slicing)]
+
+use super::metadata::{malformed, problem};
+use super::provider::{Progress, Provider, Shared};
+use super::{Asked, IdentityError, Problem, reply};
+use crate::call::CallError;
+use crate::http::response::Response;
+use crate::random::Random;
+use crate::time::{Mono, Now};
+
+const PATH: &str = "/latest/meta-data/ram/security-credentials/";
+
+/// The instance's RAM role.
+#[derive(Debug)]
+pub struct RamRole {
+    /// `RoleName`.
+    wanted: Option<String>,
+    /// The role of this conversation. Asked anew in each, since another one may have been attached.
+    role: Option<String>,
+}
+
+impl RamRole {
+    /// With this role, or whichever is attached.
+    #[must_use]
+    pub const fn new(wanted: Option<String>) -> RamRole {
+        RamRole { wanted, role: None }
+    }
+}
+
+impl Provider for RamRole {
+    fn name(&self) -> &'static str {
+        "the instance's RAM role"
+    }
+
+    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {
+        self.role.clone_from(&self.wanted);
+        Ok(Progress::Ask(shared.metadata.question()))
+    }
+
+    fn write_request(&self, shared: &Shared, out: &mut Vec<u8>, _: Now, _: &mut Random) {
+        let path = format!("{PATH}{}", self.role.as_deref().unwrap_or_default());
+        shared.metadata.write_request(out, &path);
+    }
+
+    fn on_answer(
+        &mut self,
+        shared: &mut Shared,
+        answer: Result<&Response, &CallError>,
+        now: Now,
+    ) -> Result<Progress, IdentityError> {
+        let Some(response) = shared.metadata.on_answer(answer, now.mono)? else {
+            return Ok(Progress::Ask(shared.metadata.question()));
+        };
+        match response.status {
+            200 => {}
+            404 => return Err(problem(Problem::NoRole(self.wanted.clone()))),
+            status => return Err(problem(Problem::Status(status))),
+        }
+        if self.role.is_some() {
+            return reply::flat(Asked::Metadata, &response.body, now.unix_s).map(Progress::Done);
+        }
+        let first = std::str::from_utf8(&response.body).ok().and_then(|text| text.lines().next());
+        match first.map(str::trim) {
+            None | Some("") => Err(problem(Problem::NoRole(None))),
+            Some(name) if is_role_name(name) => {
+                self.role = Some(name.to_owned());
+                Ok(Progress::Ask(shared.metadata.question()))
+            }
+            Some(_) => Err(malformed("a role name")),
+        }
+    }
+}
+
+/// Whether `text` can be a RAM role's name.
+pub(super) fn is_role_name(text: &str) -> bool {
+    // It goes into a path: a dot segment would be another question.
+    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+    plain && (1..=64).contains(&text.len()) && !matches!(text, "." | "..")
+}

@@ -1,0 +1,184 @@
+//! Credentials as the services give them, and their refusals.
+#![warn(clippy::indexing_slicing)]
+
+use super::provider::Grant;
+use super::{Asked, IdentityError, Problem};
+use crate::http::response::Response;
+use crate::kms::reply::{kms_error, printable};
+use crate::kms::sign::Credentials;
+use crate::secret::Secret;
+use ::time::OffsetDateTime;
+use ::time::format_description::well_known::Rfc3339;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Longest `Code` of a failure that a message shows, in bytes.
+const CODE_BYTES_MAX: usize = 64;
+/// A refusal that repeats so many bytes of a token in a row quotes it.
+const QUOTED_BYTES_MIN: usize = 8;
+
+/// Members of a JSON object, undecoded: only what is needed is copied, and each copy is wiped by its
+/// [`Secret`].
+type Members<'a> = BTreeMap<String, &'a RawValue>;
+
+/// Reads `{"Code":"Success","AccessKeyId":..,"AccessKeySecret":..,"SecurityToken":..,"Expiration":..}`, as the
+/// metadata service and a credentials URI give it. `unix_s`: the time by which its end is judged.
+///
+/// # Errors
+/// When it is not that, or the credentials are past their end.
+pub(super) fn flat(asked: Asked, body: &[u8], unix_s: i64) -> Result<Grant, IdentityError> {
+    let members: Option<Members<'_>> = serde_json::from_slice(body).ok();
+    let grant = members.ok_or(Problem::Malformed(CREDENTIALS)).and_then(|members| {
+        match text(&members, "Code").as_deref() {
+            Some("Success") => grant(&members, unix_s),
+            Some(code) => Err(Problem::Code(printable(code, CODE_BYTES_MAX))),
+            None => Err(Problem::Malformed(CREDENTIALS)),
+        }
+    });
+    grant.map_err(|problem| IdentityError::Service(asked, problem))
+}
+
+/// Reads `{"Credentials":{"AccessKeyId":..,"AccessKeySecret":..,"SecurityToken":..,"Expiration":..}}`, as STS
+/// gives it, or its refusal. `shown`: the token that was shown, for the case that the refusal quotes it.
+///
+/// # Errors
+/// When it is not that, or the credentials are past their end.
+pub(super) fn nested(
+    asked: Asked,
+    response: &Response,
+    shown: &Secret,
+    unix_s: i64,
+) -> Result<Grant, IdentityError> {
+    let read = || -> Option<Result<Grant, Problem>> {
+        let members: Members<'_> = serde_json::from_slice(&response.body).ok()?;
+        let members: Members<'_> = serde_json::from_str(members.get("Credentials")?.get()).ok()?;
+        Some(grant(&members, unix_s))
+    };
+    let grant = match response.status {
+        200 => read().unwrap_or(Err(Problem::Malformed(CREDENTIALS))),
+        _ => Err(refusal(response, shown)),
+    };
+    grant.map_err(|problem| IdentityError::Service(asked, problem))
+}
+
+const CREDENTIALS: &str = "credentials";
+
+fn text(members: &Members<'_>, name: &str) -> Option<String> {
+    serde_json::from_str(members.get(name)?.get()).ok()
+}
+
+fn grant(members: &Members<'_>, unix_s: i64) -> Result<Grant, Problem> {
+    // They go into header lines.
+    let graphic = |value: &String| !value.is_empty() && value.bytes().all(|b| b.is_ascii_graphic());
+    let field = |name| text(members, name).filter(graphic).ok_or(Problem::Malformed(CREDENTIALS));
+    let secret = |name| field(name).map(|value| Secret::from(value.into_bytes()));
+    let (id, key, token) = (field("AccessKeyId")?, secret("AccessKeySecret")?, secret("SecurityToken")?);
+    let expires = text(members, "Expiration").and_then(|date| OffsetDateTime::parse(&date, &Rfc3339).ok());
+    let expires = expires.ok_or(Problem::Malformed("an expiry"))?;
+    let expires_unix_s = expires.unix_timestamp();
+    let life_s = expires_unix_s.saturating_sub(unix_s);
+    let Some(life_s) = u64::try_from(life_s).ok().filter(|life_s| *life_s > 0) else {
+        return Err(Problem::Expired(expires.format(&Rfc3339).unwrap_or_default()));
+    };
+    let credentials = Credentials {
+        access_key_id: id,
+        access_key_secret: key,
+        security_token: Some(token),
+        expires_unix_s: Some(expires_unix_s),
+    };
+    Ok(Grant { credentials: Rc::new(credentials), life: Some(Duration::from_secs(life_s)) })
+}
+
+/// What an error reply says, without what it quotes of the token it was shown.
+fn refusal(response: &Response, shown: &Secret) -> Problem {
+    let Some(error) = kms_error(response).filter(|error| !quotes(&error.code, shown.expose())) else {
+        return Problem::Status(response.status);
+    };
+    let text = match error.message {
+        message if message.is_empty() || quotes(&message, shown.expose()) => error.code,
+        message => format!("{}: {message}", error.code),
+    };
+    Problem::Refused { status: response.status, text }
+}
+
+/// Whether `message` repeats a part of `secret`, or all of it where that is short.
+fn quotes(message: &str, secret: &[u8]) -> bool {
+    let bytes = QUOTED_BYTES_MIN.min(secret.len()).max(1);
+    let message = message.as_bytes();
+    secret.windows(bytes).any(|part| message.windows(bytes).any(|it| it == part))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::response::ResponseParser;
+
+    const UNIX_S: i64 = 1_496_999_000;
+    const FIELDS: &str = r#""AccessKeyId":"STS.J8X","AccessKeySecret":"9Pjf","SecurityToken":"CA\/IX","Expiration":"2017-06-09T09:17:19Z""#;
+
+    fn response(status: u16, body: &str) -> Response {
+        let mut parser = ResponseParser::new(10_000);
+        let bytes = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        parser.feed(bytes.as_bytes()).unwrap();
+        parser.into_response()
+    }
+
+    #[test]
+    fn credentials_are_read_from_both_shapes() {
+        let shown = Secret::from("shown-token");
+        let flat = flat(Asked::Metadata, format!(r#"{{"Code":"Success",{FIELDS}}}"#).as_bytes(), UNIX_S);
+        let body = format!(r#"{{"RequestId":"r","Credentials":{{{FIELDS}}}}}"#);
+        let nested = nested(Asked::Sts, &response(200, &body), &shown, UNIX_S);
+        for grant in [flat, nested] {
+            let Grant { credentials, life } = grant.unwrap();
+            assert_eq!(life, Some(Duration::from_secs(839)));
+            assert_eq!(credentials.access_key_id, "STS.J8X");
+            assert!(credentials.access_key_secret.ct_eq(b"9Pjf"));
+            assert!(credentials.security_token.as_ref().unwrap().ct_eq(b"CA/IX"));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_and_nothing_quoted() {
+        let whole = format!(r#"{{"Code":"Success",{FIELDS}}}"#);
+        let malformed = Problem::Malformed("credentials");
+        for (body, expected) in [
+            (String::new(), malformed.clone()),
+            ("[1]".into(), malformed.clone()),
+            ("{}".into(), malformed.clone()),
+            (whole.replace("9Pjf", "9P\\r\\njf"), malformed.clone()),
+            (whole.replace("9Pjf", ""), malformed),
+            (whole.replace("2017", "x"), Problem::Malformed("an expiry")),
+            (whole.replace("Success", "Failed\\n"), Problem::Code("Failed".into())),
+            (whole.replace("T09", "T01"), Problem::Expired("2017-06-09T01:17:19Z".into())),
+        ] {
+            let error = flat(Asked::Metadata, body.as_bytes(), UNIX_S).unwrap_err();
+            assert_eq!(error, IdentityError::Service(Asked::Metadata, expected), "{body}");
+            assert!(!error.to_string().contains("9P"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_told_without_the_token_that_it_quotes() {
+        let shown = Secret::from("eyJhbGciOiJSUzI1NiJ9.hush");
+        for (status, body, expected) in [
+            (
+                400,
+                r#"{"Code":"A.B","Message":"no such role"}"#,
+                "STS: it refused with 400 A.B: no such role;",
+            ),
+            (400, r#"{"Code":"A.B","Message":"'eyJhbGciOiJS' is bad"}"#, "STS: it refused with 400 A.B;"),
+            (400, r#"{"Code":"A.B","Message":"..NiJ9.hush"}"#, "STS: it refused with 400 A.B;"),
+            (400, r#"{"Code":"RSUzI1NiJ9","Message":"m"}"#, "STS: it answered 400"),
+            (503, "<html>eyJhbGciOiJSUzI1NiJ9.hush", "STS: it answered 503"),
+        ] {
+            let error = nested(Asked::Sts, &response(status, body), &shown, UNIX_S).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+            assert!(!error.contains("eyJ") && !error.contains("hush"), "{error}");
+        }
+        let error = nested(Asked::Sts, &response(200, "{}"), &shown, UNIX_S).unwrap_err();
+        assert_eq!(error.to_string(), "STS: it gave credentials that cannot be read");
+    }
+}
