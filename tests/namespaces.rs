@@ -184,3 +184,40 @@ fn the_official_credentials_provider_reads_the_metadata() {
         assert_eq!((counters.credential_reads_total(), counters.metadata_plain_gets), (2, 0));
     }
 }
+
+/// No role is attached in the next two: the metadata service still knows the region.
+fn without_a_role() -> Options {
+    Options { role: None, ..Options::default() }
+}
+
+#[test]
+fn an_oidc_token_goes_to_sts_by_its_own_name() {
+    let Some(lab) = Lab::new() else { return };
+    let emulator = lab.emulator(without_a_role());
+    lab.on_instance(|| {
+        let setup = lab.agent(&emulator).text("KMS", "AuthType", "oidc");
+        let token = setup.folder.write("oidc-token", "emulator-oidc-token\n");
+        let agent = setup
+            .env("ALIBABA_CLOUD_ROLE_ARN", emulator.oidc_role_arn())
+            .env("ALIBABA_CLOUD_OIDC_PROVIDER_ARN", emulator.oidc_provider_arn())
+            .env("ALIBABA_CLOUD_OIDC_TOKEN_FILE", token)
+            .start();
+        assert_hello(&agent.secret("agent-test"), &agent.log());
+    });
+    let counters = emulator.counters();
+    assert_eq!((counters.oidc_exchanges, counters.credential_reads_total()), (1, 0));
+}
+
+#[test]
+fn the_instance_s_identity_opens_an_application_access_point() {
+    let Some(lab) = Lab::new() else { return };
+    let emulator = lab.emulator(Options { metadata_mode: MetadataMode::Hardened, ..without_a_role() });
+    lab.on_instance(|| {
+        let aap = emulator.aap_arn("kms-agent");
+        let agent = lab.agent(&emulator).text("KMS", "AapArn", &aap).start();
+        assert_hello(&agent.secret("agent-test"), &agent.log());
+    });
+    let counters = emulator.counters();
+    assert_eq!((counters.identity_reads, counters.aap_exchanges), (1, 1));
+    assert_eq!((counters.metadata_plain_gets, counters.credential_reads_total()), (0, 0));
+}
