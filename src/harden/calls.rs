@@ -24,7 +24,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_close, libc::SYS_faccessat, libc::SYS_faccessat2, libc::SYS_fcntl, libc::SYS_fstat,
     libc::SYS_ftruncate, libc::SYS_getcwd, libc::SYS_lseek, libc::SYS_mkdirat, libc::SYS_newfstatat,
     libc::SYS_openat, libc::SYS_pread64, libc::SYS_read, libc::SYS_readlinkat, libc::SYS_readv,
-    libc::SYS_renameat, libc::SYS_renameat2, libc::SYS_statx, libc::SYS_unlinkat, libc::SYS_write,
+    libc::SYS_renameat2, libc::SYS_statx, libc::SYS_unlinkat, libc::SYS_write,
     libc::SYS_writev,
     // Memory.
     libc::SYS_brk, libc::SYS_madvise, libc::SYS_mremap, libc::SYS_munmap,
@@ -44,10 +44,12 @@ const ALLOWED: &[c_long] = &[
 #[rustfmt::skip]
 const ALLOWED_LEGACY: &[c_long] = &[
     libc::SYS_access, libc::SYS_epoll_wait, libc::SYS_lstat, libc::SYS_mkdir, libc::SYS_open, libc::SYS_poll,
-    libc::SYS_readlink, libc::SYS_rename, libc::SYS_stat, libc::SYS_time, libc::SYS_unlink,
+    libc::SYS_readlink, libc::SYS_rename, libc::SYS_renameat,
+    libc::SYS_stat, libc::SYS_time, libc::SYS_unlink,
 ];
+/// renameat, which the libc crate does not name for aarch64 with glibc.
 #[cfg(not(target_arch = "x86_64"))]
-const ALLOWED_LEGACY: &[c_long] = &[];
+const ALLOWED_LEGACY: &[c_long] = &[38];
 
 /// No program makes these by mistake when it is an agent: they are an attack, and end it.
 #[rustfmt::skip]
