@@ -11,9 +11,12 @@ use kms_agent::http::response::Response;
 use kms_agent::time::Mono;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::version::{TLS12, TLS13};
-use rustls::{ClientConfig, HandshakeKind, ServerConfig, ServerConnection, SupportedProtocolVersion};
+use rustls::{
+    ClientConfig, HandshakeKind, NamedGroup, ServerConfig, ServerConnection, SupportedProtocolVersion,
+};
 use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -57,6 +60,16 @@ impl World {
         versions: &[&'static SupportedProtocolVersion],
         expired: bool,
     ) -> Arc<ServerConfig> {
+        self.server_by(rustls::crypto::ring::default_provider(), names, versions, expired)
+    }
+
+    fn server_by(
+        &self,
+        provider: CryptoProvider,
+        names: &[&str],
+        versions: &[&'static SupportedProtocolVersion],
+        expired: bool,
+    ) -> Arc<ServerConfig> {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let mut params = CertificateParams::new(names).unwrap();
         params.use_authority_key_identifier_extension = true;
@@ -67,8 +80,7 @@ impl World {
         let key = KeyPair::generate().unwrap();
         let certificate: CertificateDer<'static> = params.signed_by(&key, &self.ca).unwrap().der().clone();
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ServerConfig::builder_with_provider(provider)
+        let config = ServerConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(versions)
             .unwrap()
             .with_no_client_auth()
@@ -294,6 +306,22 @@ fn the_second_connection_resumes_the_session() {
         }
         let (_, peer) = connected(&world.client(), &server);
         assert_eq!(peer.session.handshake_kind(), Some(HandshakeKind::Full), "another configuration");
+    }
+}
+
+#[test]
+fn the_key_exchange_is_the_best_that_both_know() {
+    let world = World::new();
+    let group = |server: &Arc<ServerConfig>| {
+        let (_, peer) = connected(&world.client(), server);
+        peer.session.negotiated_key_exchange_group().unwrap().name()
+    };
+    assert_eq!(group(&world.server()), NamedGroup::X25519);
+    #[cfg(feature = "post-quantum")]
+    {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let server = world.server_by(provider, &[HOST], &[&TLS13], false);
+        assert_eq!(group(&server), NamedGroup::X25519MLKEM768);
     }
 }
 

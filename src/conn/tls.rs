@@ -1,6 +1,7 @@
 //! The TLS pump: ciphertext in, plaintext out, and back; no I/O. A thin layer over rustls.
 
 use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, InvalidDnsNameError, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
@@ -52,8 +53,7 @@ pub fn client_config(ca_pem: Option<&[u8]>) -> Result<Arc<ClientConfig>, CaError
             return Err(CaError::NoCertificate);
         }
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider)
+    let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
         .with_safe_default_protocol_versions()
         .map_err(CaError::Certificate)?
         .with_root_certificates(roots)
@@ -72,6 +72,14 @@ impl io::Read for Wiper {
         // Nothing has come, and nothing has ended.
         Err(io::ErrorKind::WouldBlock.into())
     }
+}
+
+/// The cryptography of TLS. aws-lc-rs knows X25519MLKEM768; ring is smaller, and is here anyway for signatures.
+fn provider() -> CryptoProvider {
+    #[cfg(feature = "post-quantum")]
+    return rustls::crypto::aws_lc_rs::default_provider();
+    #[cfg(not(feature = "post-quantum"))]
+    return rustls::crypto::ring::default_provider();
 }
 
 /// One TLS connection's state.
