@@ -37,6 +37,15 @@ const POLL: Duration = Duration::from_millis(5);
 /// The token of agents that are started without another one.
 pub const TOKEN: &str = "5ea1ed-test-token-0123456789abcdef";
 
+/// The agent's binary: the one that was built for these tests, or what `KMS_AGENT_TEST_BINARY` names, such as
+/// the static one that is shipped, or a script that runs it in an empty root (`.ci/full`).
+pub fn binary() -> PathBuf {
+    match std::env::var_os("KMS_AGENT_TEST_BINARY") {
+        Some(path) => path.into(),
+        None => env!("CARGO_BIN_EXE_kms-agent").into(),
+    }
+}
+
 /// Waits until `met`; panics with `what` after [`DEADLINE`].
 #[track_caller]
 pub fn wait_until(what: &str, mut met: impl FnMut() -> bool) {
@@ -238,7 +247,7 @@ impl Setup {
     fn spawn(self) -> Agent {
         let config = self.folder.write("config.toml", self.config());
         let output = |name| File::create(self.folder.join(name)).expect("a file for the agent's output");
-        let binary = OsString::from(env!("CARGO_BIN_EXE_kms-agent"));
+        let binary = binary().into_os_string();
         let mut words = self.wrapper.iter().chain([&binary]);
         let mut command = Command::new(words.next().expect("the binary at least"));
         command
@@ -432,7 +441,7 @@ impl Drop for Agent {
 /// Runs the agent's binary with arguments that end it at once; gives exit code and standard error.
 #[track_caller]
 pub fn run_binary(arguments: &[&str]) -> (i32, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kms-agent"));
+    let mut command = Command::new(binary());
     let output =
         command.args(arguments).env_clear().stdin(Stdio::null()).output().expect("the binary starts");
     (output.status.code().expect("an exit code"), String::from_utf8_lossy(&output.stderr).into_owned())

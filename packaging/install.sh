@@ -1,0 +1,471 @@
+#!/bin/sh
+# Installs kms-agent on this host, or upgrades it. Asks nothing, needs no network, and may be run again at any time.
+# POSIX sh, coreutils and util-linux (and systemd). 'install.sh --help' has the options.
+set -eu
+
+home=/usr/local/alibabacloudkmsagent
+unit_dir=/etc/systemd/system
+user=kmsagent
+token_group=kmstoken
+# Longer than the agent takes to start on any host, and short enough to wait for.
+ping_seconds=15
+
+# What can be configured from here: flag, section and key of config.toml, kind, meaning. The variable of a flag is
+# KMS_AGENT_ and the flag in capitals, with _ for -.
+settings='
+http-port Server HttpPort number port on 127.0.0.1 and [::1] (2025)
+max-conn Server MaxConn number connections at a time (800)
+ssrf-headers Server SSRFHeaders list headers that may carry the token, A,B
+ssrf-env Server SSRFEnvVariables list environment variables for the token, A,B
+memory-limit Cache CacheSize number cached secrets (1000)
+ttl Cache TTLSeconds number seconds that a value is fresh (300)
+region KMS Region text region id (asked of the metadata service)
+endpoint KMS Endpoint text KMS, host or host:port (kms-vpc.<region>.aliyuncs.com)
+aap-arn KMS AapArn text application access point, for instance identity
+ca-file KMS CaFile file PEM file to trust, copied to config.toml'"'"'s folder
+log-level Log LogLevel text debug, info, warn or error (debug)
+log-path Log LogPath text folder, or - for the journal (./logs/)
+log-size Log LogFileSizeMB number MiB of a log file (100)
+log-backups Log LogBackupFiles number rotated files that are kept (2)
+'
+
+usage() {
+    cat <<END
+Usage: install.sh [OPTION]..
+
+Installs kms-agent to $home, or upgrades what is there: the
+configuration is kept, only keys given here are changed; if the new version does not
+answer, the old one comes back.
+
+Each option may be given as a variable instead: --http-port as KMS_AGENT_HTTP_PORT.
+
+END
+    echo "$settings" | while read -r flag section key kind meaning; do
+        [ -z "$flag" ] || printf '  --%-14s %s\n' "$flag" "$meaning"
+    done
+    cat <<END
+  --app-user       users that may read the token, A,B: they join the group $token_group
+  --config         a whole config.toml to install instead of the sample
+  --binary         the binary (kms-agent beside this script)
+  --no-check       do not run 'kms-agent check' at the end
+  --no-start       install, and leave starting to others
+  --root           put the files below this folder, and do nothing else
+
+Exit codes: 0 installed, 1 failed (an upgrade was rolled back), 2 wrong usage,
+3 installed and running, but 'kms-agent check' found something.
+END
+}
+
+say() { printf '%s\n' "kms-agent: $*"; }
+
+fail() {
+    say "$@" >&2
+    exit 1
+}
+
+misused() {
+    say "$@" "('install.sh --help')" >&2
+    exit 2
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# 'some-flag' as the name of a variable: 'some_flag', and in capitals.
+lower() { printf %s "$1" | tr - _; }
+upper() { printf %s "$1" | tr a-z- A-Z_; }
+
+# ---- Arguments ----
+
+app_user=${KMS_AGENT_APP_USER:-}
+config_from=${KMS_AGENT_CONFIG:-}
+binary_from=${KMS_AGENT_BINARY:-}
+no_check=${KMS_AGENT_NO_CHECK:-}
+no_start=${KMS_AGENT_NO_START:-}
+root=${KMS_AGENT_ROOT:-}
+flags=$(echo "$settings" | cut -d ' ' -f 1)
+flags=" $(printf %s "$flags" | tr '\n' ' ') "
+for flag in $flags; do
+    eval "given_$(lower "$flag")=\${KMS_AGENT_$(upper "$flag"):-}"
+done
+
+while [ $# -gt 0 ]; do
+    flag=${1#--}
+    case $1 in
+        --help | -h) usage; exit 0 ;;
+        --no-check) no_check=1; shift; continue ;;
+        --no-start) no_start=1; shift; continue ;;
+        --*=*) value=${flag#*=} flag=${flag%%=*}; shift ;;
+        --*)
+            [ $# -gt 1 ] || misused "--$flag needs a value"
+            value=$2
+            shift 2
+            ;;
+        *) misused "unexpected argument $1" ;;
+    esac
+    case $flag in
+        app-user) app_user=$value ;;
+        config) config_from=$value ;;
+        binary) binary_from=$value ;;
+        root) root=$value ;;
+        *)
+            case $flags in
+                *" $flag "*) eval "given_$(lower "$flag")=\$value" ;;
+                *) misused "unknown option --$flag" ;;
+            esac
+            ;;
+    esac
+done
+
+here=$(cd "$(dirname "$0")" && pwd)
+binary_from=${binary_from:-$here/kms-agent}
+[ -f "$binary_from" ] || misused "$binary_from: no such file; --binary names the binary"
+binary_from=$(cd "$(dirname "$binary_from")" && pwd)/$(basename "$binary_from")
+[ -z "$config_from" ] || [ -f "$config_from" ] || misused "--config $config_from: no such file"
+
+if [ -n "$root" ]; then
+    mkdir -p "$root"
+    root=$(cd "$root" && pwd)
+    no_start=1
+fi
+home_real=$root$home
+
+# A value as TOML. Escapes are refused rather than written: nothing that is set here needs one.
+toml() {
+    kind=$1 flag=$2 value=$3
+    case $value in
+        *[\"\\]* | *"
+"*) misused "--$flag: no quotes, backslashes or line ends" ;;
+    esac
+    case $kind in
+        number)
+            case $value in *[!0-9]*) misused "--$flag $value: a number is wanted" ;; esac
+            printf %s "$value"
+            ;;
+        list)
+            list=
+            old_ifs=$IFS
+            IFS=', '
+            for item in $value; do list="$list${list:+, }\"$item\""; done
+            IFS=$old_ifs
+            printf '[%s]' "$list"
+            ;;
+        *) printf '"%s"' "$value" ;;
+    esac
+}
+
+# ---- Reading and changing config.toml: a key a line, as in the sample ----
+
+# The value of an active KEY in FILE as written, quotes taken off; nothing if there is none.
+read_key() {
+    while IFS= read -r line || [ -n "$line" ]; do
+        line=${line#"${line%%[![:blank:]]*}"}
+        case $line in
+            "$1"[[:blank:]=]*)
+                line=${line#*=}
+                line=${line#"${line%%[![:blank:]]*}"}
+                case $line in
+                    \"*) line=${line#\"} line=${line%%\"*} ;;
+                    \'*) line=${line#\'} line=${line%%\'*} ;;
+                    *) line=${line%%[[:blank:]#]*} ;;
+                esac
+                printf %s "$line"
+                return
+                ;;
+        esac
+    done <"$2"
+}
+
+# Sets KEY in [SECTION] of FILE: in place of the active line, else of the first comment that shows it, else below
+# the section's name, else at the end.
+set_key() {
+    section=$1 key=$2 value=$3 file=$4
+    number=0 in_section='' active='' comment='' header=''
+    while IFS= read -r line || [ -n "$line" ]; do
+        number=$((number + 1))
+        case $line in
+            "[$section]"*) in_section=1 header=$number ;;
+            "["[A-Za-z]*) in_section='' ;;
+        esac
+        [ -n "$in_section" ] || continue
+        line=${line#"${line%%[![:blank:]]*}"}
+        case $line in
+            "$key"[[:blank:]=]*)
+                active=$number
+                line=${line#*=}
+                case ${line#"${line%%[![:blank:]]*}"} in
+                    *"]"*) ;;
+                    "["* | *\"\"\"*) fail "config.toml: $key spans several lines; change it by hand" ;;
+                esac
+                ;;
+            "#$key"[[:blank:]=]*) comment=${comment:-$number} ;;
+        esac
+    done <"$file"
+    replace=${active:-$comment}
+    number=0
+    {
+        while IFS= read -r line || [ -n "$line" ]; do
+            number=$((number + 1))
+            if [ "$number" = "$replace" ]; then
+                printf '%s\n' "$key = $value"
+            else
+                printf '%s\n' "$line"
+                [ -n "$replace" ] || [ "$number" != "$header" ] || printf '%s\n' "$key = $value"
+            fi
+        done <"$file"
+        [ -n "$replace$header" ] || printf '\n[%s]\n%s\n' "$section" "$key = $value"
+    } >"$file.edit"
+    mv -f "$file.edit" "$file"
+}
+
+# ---- Checks before anything is touched ----
+
+[ "$(uname -s)" = Linux ] || fail "this is $(uname -s); the agent is for Linux"
+version=$("$binary_from" --version 2>/dev/null) ||
+    fail "$binary_from does not run here ($(uname -m)): another architecture's binary?"
+version=${version#kms-agent }
+unit_from=$here/systemd/kms-agent.service
+[ -f "$unit_from" ] || fail "$unit_from is missing: take the whole bundle"
+
+if [ -z "$root" ]; then
+    [ "$(id -u)" = 0 ] || fail "only root can install it (--root DIR stages the files without)"
+    for owner in "dpkg-query --search" "rpm --query --file"; do
+        # shellcheck disable=SC2086 # a command and its options
+        if have "${owner%% *}" && $owner "$home/bin/kms-agent" >/dev/null 2>&1; then
+            fail "it was installed as a package (${owner%% *} knows it): upgrade that"
+        fi
+    done
+fi
+if [ -z "$no_start" ]; then
+    { [ -d /run/systemd/system ] && have systemctl; } ||
+        fail "systemd is not running here; --no-start installs without starting"
+fi
+
+# KiB on the file system of FOLDER, or of the nearest folder above it that exists.
+free_kib() {
+    folder=$1
+    while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+    # shellcheck disable=SC2046 # the columns are wanted
+    set -- $(df -Pk "$folder" 2>/dev/null | tail -n 1)
+    echo "$4"
+}
+binary_kib=$(($(wc -c <"$binary_from") / 1024 + 1))
+# The old binary, the new one, and room for small files.
+needed_kib=$((2 * binary_kib + 1024))
+free=$(free_kib "$home_real")
+[ "$free" -ge "$needed_kib" ] || fail "$home_real: $free KiB are free, $needed_kib are needed"
+
+# Whether something on this host listens on PORT of loopback (or of all addresses).
+port_taken() {
+    hex=$(printf %04X "$1")
+    for table in /proc/net/tcp /proc/net/tcp6; do
+        [ -r "$table" ] || continue
+        while read -r _ address _ state _; do
+            # 0A: listening. 127.0.0.1, 0.0.0.0, [::1] and [::], as the kernel prints them on little-endian machines.
+            case $state$address in
+                "0A0100007F:$hex" | "0A00000000:$hex") return 0 ;;
+                "0A00000000000000000000000001000000:$hex" | "0A00000000000000000000000000000000:$hex") return 0 ;;
+            esac
+        done <"$table"
+    done
+    return 1
+}
+
+# ---- What will be configured, in a folder that goes with this script ----
+
+stage=$(mktemp -d)
+trap 'rm -rf "$stage"' EXIT
+config=$home_real/config.toml
+if [ -n "$config_from" ]; then
+    cat "$config_from" >"$stage/config.toml"
+elif [ -f "$config" ]; then
+    cat "$config" >"$stage/config.toml"
+else
+    cat "$here/config.toml" >"$stage/config.toml"
+fi
+if [ -n "${given_ca_file:=}" ]; then
+    [ -r "$given_ca_file" ] || misused "--ca-file $given_ca_file: cannot read it"
+    cat "$given_ca_file" >"$stage/ca.pem"
+    given_ca_file=$home/ca.pem
+fi
+echo "$settings" >"$stage/settings"
+while read -r flag section key kind _; do
+    [ -n "$flag" ] || continue
+    eval "value=\$given_$(lower "$flag")"
+    [ -n "$value" ] || continue
+    value=$(toml "$kind" "$flag" "$value") || exit 2
+    set_key "$section" "$key" "$value" "$stage/config.toml"
+done <"$stage/settings"
+# The agent itself is the judge of its configuration: 2 is its exit code for a wrong one.
+code=0
+problems=$("$binary_from" status --config "$stage/config.toml" 2>&1) || code=$?
+[ "$code" != 2 ] || fail "the configuration is wrong, nothing was changed: $problems"
+
+port=$(read_key HttpPort "$stage/config.toml")
+port=${port:-2025}
+log_path=$(read_key LogPath "$stage/config.toml")
+case ${log_path:=./logs/} in
+    -) log_dir='' ;;
+    /*) log_dir=$log_path ;;
+    *) log_dir=$home/${log_path#./} ;;
+esac
+log_dir=${log_dir%/}
+
+# The version that is there.
+old_version=''
+[ ! -x "$home_real/bin/kms-agent" ] ||
+    old_version=$("$home_real/bin/kms-agent" --version 2>/dev/null) || old_version='kms-agent of unknown version'
+old_version=${old_version#kms-agent }
+running=''
+[ -n "$no_start" ] || ! systemctl --quiet is-active kms-agent || running=1
+if [ -z "$no_start" ] && [ "$port" != 0 ]; then
+    old_port=$([ ! -f "$config" ] || read_key HttpPort "$config")
+    # Its own port is taken by itself.
+    if [ -z "$running" ] || [ "${old_port:-2025}" != "$port" ]; then
+        ! port_taken "$port" || fail "port $port is taken (ss -ltnp 'sport = :$port'); --http-port takes another one"
+    fi
+fi
+if [ -n "$log_dir" ] && [ -z "$old_version" ]; then
+    size=$(read_key LogFileSizeMB "$stage/config.toml") files=$(read_key LogBackupFiles "$stage/config.toml")
+    log_kib=$((${size:-100} * (${files:-2} + 1) * 1024))
+    free=$(free_kib "$root$log_dir")
+    [ "$free" -ge "$log_kib" ] || say "warning: $((free / 1024)) MiB are free for logs of up to $((log_kib / 1024)) MiB"
+fi
+
+# ---- Accounts ----
+
+if [ -z "$root" ]; then
+    for group in "$user" "$token_group"; do
+        if ! getent group "$group" >/dev/null; then
+            groupadd --system "$group"
+            say "group $group made"
+        fi
+    done
+    if ! getent passwd "$user" >/dev/null; then
+        useradd --system --gid "$user" --groups "$token_group" --home-dir "$home" --no-create-home \
+            --shell /sbin/nologin --comment 'KMS agent' "$user"
+        say "user $user made"
+    fi
+    for name in $(printf %s "$app_user" | tr , ' '); do
+        getent passwd "$name" >/dev/null || fail "--app-user $name: no such user"
+        usermod --append --groups "$token_group" "$name"
+        say "$name may read the token: member of $token_group, from its next login on"
+    done
+fi
+
+# ---- Files: each written beside its place, then moved there in one step ----
+
+same() { [ -f "$1" ] && [ -f "$2" ] && [ "$(sha256sum <"$1")" = "$(sha256sum <"$2")" ]; }
+
+changed=''
+# put MODE FROM TO: keeps what was there in the stage, for a way back.
+put() {
+    same "$2" "$3" && return
+    mkdir -p "$(dirname "$3")"
+    [ ! -f "$3" ] || cp -p "$3" "$stage/old-$(basename "$3")"
+    install -m "$1" "$2" "$3.new"
+    mv -f "$3.new" "$3"
+    changed=1
+}
+
+mkdir -p "$home_real/bin" "$home_real/logs"
+chmod 755 "$home_real" "$home_real/bin"
+chmod 750 "$home_real/logs"
+[ -n "$root" ] || chown "$user:$user" "$home_real/logs"
+if [ -n "$log_dir" ] && [ "$log_dir" != "$home/logs" ] && [ ! -d "$root$log_dir" ]; then
+    mkdir -p "$root$log_dir"
+    chmod 750 "$root$log_dir"
+    [ -n "$root" ] || chown "$user:$user" "$log_dir"
+fi
+# The unit lets the agent write to its own logs only.
+log_unit=$root$unit_dir/kms-agent.service.d/log-path.conf
+if [ -n "$log_dir" ] && [ "$log_dir" != "$home/logs" ]; then
+    printf '# Made by install.sh: LogPath of %s\n[Service]\nReadWriteDirectories=%s\n' "$home/config.toml" "$log_dir" \
+        >"$stage/log-path.conf"
+    put 644 "$stage/log-path.conf" "$log_unit"
+elif [ -f "$log_unit" ]; then
+    rm -f "$log_unit"
+    changed=1
+fi
+mode=644
+[ ! -f "$config" ] || mode=$(stat -c %a "$config")
+put "$mode" "$stage/config.toml" "$config"
+[ ! -f "$stage/ca.pem" ] || put 644 "$stage/ca.pem" "$home_real/ca.pem"
+put 644 "$unit_from" "$root$unit_dir/kms-agent.service"
+put 755 "$binary_from" "$home_real/bin/kms-agent"
+restart=$changed
+
+# Nothing of these runs in the daemon.
+put 644 "$here/config.toml" "$home_real/config.toml.sample"
+put 755 "$here/uninstall.sh" "$home_real/uninstall.sh"
+[ ! -f "$here/kms-agent.8" ] || put 644 "$here/kms-agent.8" "$root/usr/local/share/man/man8/kms-agent.8"
+mkdir -p "$root/usr/local/bin"
+ln -sf "$home/bin/kms-agent" "$root/usr/local/bin/kms-agent"
+if [ -z "$root" ] && have restorecon; then restorecon -R "$home" "$unit_dir/kms-agent.service" || true; fi
+
+if [ -n "$root" ]; then
+    say "$version staged in $root; accounts and enabling the unit are left to you"
+    exit 0
+fi
+if [ -n "$no_start" ]; then
+    ! have systemctl || systemctl enable kms-agent >/dev/null 2>&1 || say "warning: could not enable the unit"
+    say "$version installed, not started"
+    exit 0
+fi
+
+# ---- Start, and back again if it does not answer ----
+
+ping_agent() {
+    systemctl --quiet is-active kms-agent || return 1
+    if [ "$port" = 0 ]; then
+        return 0
+    elif have curl; then
+        [ "$(curl --silent --noproxy '*' --max-time 2 "http://127.0.0.1:$port/ping")" = healthy ]
+    elif have wget; then
+        [ "$(wget --quiet --output-document=- --no-proxy --timeout=2 --tries=1 "http://127.0.0.1:$port/ping")" = healthy ]
+    else
+        "$home/bin/kms-agent" status >/dev/null 2>&1
+    fi
+}
+
+wait_for_ping() {
+    end=$(($(date +%s) + ping_seconds))
+    until ping_agent; do
+        [ "$(date +%s)" -lt "$end" ] && ! systemctl --quiet is-failed kms-agent || return 1
+        sleep 0.2
+    done
+}
+
+start() {
+    systemctl daemon-reload
+    systemctl reset-failed kms-agent 2>/dev/null || true
+    systemctl restart kms-agent && wait_for_ping
+}
+
+put_back() {
+    for file in "$config" "$home/ca.pem" "$unit_dir/kms-agent.service" "$home/bin/kms-agent" "$log_unit"; do
+        old=$stage/old-$(basename "$file")
+        [ ! -f "$old" ] || { cp -p "$old" "$file.new" && mv -f "$file.new" "$file"; }
+    done
+}
+
+systemctl enable kms-agent >/dev/null 2>&1 || say "warning: could not enable the unit"
+if [ -z "$restart" ] && ping_agent; then
+    say "$version is installed and running; nothing to do"
+elif start; then
+    say "$version is running on port $port${old_version:+ ($old_version before)}"
+else
+    say "$version does not answer on port $port. It said:" >&2
+    journalctl --unit kms-agent --lines 20 --no-pager --output cat >&2 2>/dev/null || true
+    if [ -n "$old_version" ]; then
+        put_back
+        ! start || fail "rolled back to $old_version, which is running"
+        fail "rolled back to $old_version, which does not answer either"
+    fi
+    fail "installed, but not serving: 'journalctl -u kms-agent', then run this again"
+fi
+
+[ -z "$no_check" ] || exit 0
+"$home/bin/kms-agent" check --config "$config" || {
+    say "running, but applications may not get secrets yet: see above; again with 'kms-agent check'"
+    exit 3
+}
