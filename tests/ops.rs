@@ -10,6 +10,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -427,6 +428,33 @@ fn a_service_manager_that_does_not_listen_is_no_reason_to_end() {
     agent.wait_for_log("cannot tell the service manager: No such file or directory");
 }
 
+#[test]
+fn a_service_manager_that_reads_nothing_stops_nobody() {
+    let emulator = emulator(&[("a", "1")]);
+    let (setup, manager) = Manager::for_agent(Setup::new(&emulator).env("WATCHDOG_USEC", "200000"));
+    let path = setup.folder.join("notify");
+    let mut agent = setup.start();
+    assert!(manager.told().starts_with("READY=1\n"));
+    let filler = UnixDatagram::unbound().unwrap();
+    filler.set_nonblocking(true).unwrap();
+    while filler.send_to(b"more", &path).is_ok() {}
+    agent.signal(Signal::HUP);
+    agent.wait_for_log("cannot tell the service manager: it reads nothing");
+    assert_eq!(agent.secret("a").data(), "1");
+    assert!(agent.stop().success());
+}
+
+#[test]
+fn an_abstract_notify_socket_is_one_too() {
+    let emulator = emulator(&[]);
+    let name = format!("kms-agent-test-{}", std::process::id());
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
+    let manager = Manager(UnixDatagram::bind_addr(&address).unwrap());
+    manager.0.set_read_timeout(Some(DEADLINE)).unwrap();
+    let _agent = Setup::new(&emulator).env("NOTIFY_SOCKET", format!("@{name}")).start();
+    assert!(manager.told().starts_with("READY=1\n"));
+}
+
 // ---- Log and signals ----
 
 #[test]
@@ -494,4 +522,25 @@ fn refusals_in_a_flood_are_counted_and_not_written() {
         agent.log().contains(" like it left out)")
     });
     assert!(metrics(&agent)["kms_agent_requests_total{route=\"gate\",result=\"InvalidToken\"}"] >= 2000.0);
+}
+
+#[test]
+fn calls_that_fail_in_a_flood_are_warned_of_within_limits() {
+    let emulator = emulator(&[("broken", "1")]);
+    emulator.fail_secret("broken", 403, "Forbidden.NoPermission");
+    let agent = Agent::start(&emulator);
+    let begun = Instant::now();
+    for n in 0..200 {
+        assert_eq!(agent.get(&secret_target(&format!("no-such-{n}"))).status, 404);
+    }
+    let seconds = begun.elapsed().as_secs() + 1;
+    let lines = |text: &str| agent.log().lines().filter(|line| line.contains(text)).count();
+    wait_until("each call has its line", || lines(" KMS GetSecretValue \"no-such-") == 200);
+    let warned = lines("WARN  KMS GetSecretValue");
+    assert!(warned >= 20 && warned as u64 <= 20 + 5 * seconds, "{warned} in {seconds} s");
+    assert_eq!(agent.stderr().matches("KMS GetSecretValue").count(), warned);
+    wait_until("the next that is warned of counts them", || {
+        agent.get(&format!("{}&refreshNow=1", secret_target("broken")));
+        agent.log().contains(" like it left out)")
+    });
 }

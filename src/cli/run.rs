@@ -214,7 +214,7 @@ impl Host for Process {
         if let Err(error) = &tls {
             log::error!("{error}; what was trusted before stays trusted");
         }
-        systemd::ready(self.port);
+        systemd::reloaded(self.port);
         tls.ok()
     }
 
