@@ -219,7 +219,7 @@ pub fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Crea
 }
 
 /// Puts a fresh token in the place of `path`, which need not be there: a 256-bit one in hex, mode 0640, with
-/// this group or else that of the process. No line end: clients that put the file's content into a header as it
+/// this group, else that of the file that was there, else that of the process. No line end: clients that put the file's content into a header as it
 /// is are right, too. At no instant can others read it, and nobody sees half of it: it is written under
 /// another name and gets that of `path` when all is done.
 ///
@@ -228,14 +228,17 @@ pub fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Crea
 /// file: a device or a link is not replaced.
 pub fn rotate(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<(), TokenError> {
     let failed = |error: io::Error| TokenError::Create(path.to_path_buf(), error);
-    let strange = match std::fs::symlink_metadata(path) {
-        Ok(file) if file.is_symlink() => Some("it is a symbolic link; name the file that it leads to"),
-        Ok(file) if !file.is_file() => Some("something else than a regular file is there"),
+    let there = std::fs::symlink_metadata(path).ok();
+    let strange = match &there {
+        Some(file) if file.is_symlink() => Some("it is a symbolic link; name the file that it leads to"),
+        Some(file) if !file.is_file() => Some("something else than a regular file is there"),
         _ => None,
     };
     if let Some(strange) = strange {
         return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, strange)));
     }
+    // Who could read the old token needs the new one.
+    let gid = gid.or(there.map(|file| file.gid()));
     write_fresh(path, gid, random, |temporary| std::fs::rename(temporary, path)).map_err(failed)
 }
 
@@ -278,8 +281,11 @@ fn write_fresh(
         .map_err(|_| io::Error::other("the system gives no random bytes"))
         .and_then(|()| {
             let token = Zeroizing::new(crate::kms::sign::hex(bytes.as_ref()));
-            if let Some(gid) = gid {
-                rustix::fs::fchown(&file, None, Some(Gid::from_raw(gid)))?;
+            if let Some(gid) = gid.filter(|gid| rustix::fs::fstat(&file).map(|it| it.st_gid) != Ok(*gid)) {
+                rustix::fs::fchown(&file, None, Some(Gid::from_raw(gid))).map_err(|error| {
+                    let error = io::Error::from(error);
+                    io::Error::new(error.kind(), format!("its group cannot be {gid}: {}", Reason(&error)))
+                })?;
             }
             // After the group, so that no other one may read; not by open, whose mode the umask cuts.
             rustix::fs::fchmod(&file, Mode::from_raw_mode(FILE_MODE))?;

@@ -585,6 +585,22 @@ fn token_create_and_rotate() {
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary file is left");
 }
 
+/// Else everybody would be locked out whose group the installer gave it to.
+#[test]
+fn a_rotated_token_keeps_its_group() {
+    let folder = Folder::new();
+    let path = folder.join("kmstoken");
+    let file = path.to_str().unwrap();
+    assert_eq!(token(&["create", "--file", file], "").code, Some(0));
+    let gid = if rustix::process::geteuid().is_root() { 4711 } else { mode_and_group(&path).1 };
+    std::os::unix::fs::chown(&path, None, Some(gid)).unwrap();
+    assert_eq!(token(&["rotate", "--file", file], "").code, Some(0));
+    assert_eq!(mode_and_group(&path), (0o640, gid));
+    fs::write(&path, "").unwrap();
+    assert_eq!(token(&["create", "--file", file], "").code, Some(0));
+    assert_eq!(mode_and_group(&path), (0o640, gid));
+}
+
 /// While the file is made again and again, no look at the folder ever finds one that others may read, or one that
 /// a group other than the wanted one may.
 #[test]

@@ -23,7 +23,7 @@ Options:
       --file F     the file; else the one that KMS_TOKEN=file:///path (or another variable of
                    [Server] SSRFEnvVariables) names, else /var/run/kmstoken
       --group G    its group, by name or number: the users who may read the token (else that of
-                   this process)
+                   the file that is replaced, or of this process)
   -c, --config FILE    the agent's configuration, for SSRFEnvVariables; see 'kms-agent run --help'
   -h, --help       print this
 
