@@ -18,7 +18,7 @@ use std::net::{TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 /// Tells a child which trial it is.
@@ -196,6 +196,52 @@ fn a_hardened_agent_rotates_its_log_follows_its_files_and_resolves_names() {
     wait_until("the log is rotated", || agent.folder.join("logs/kms-agent.log.1").exists());
     assert!(agent.stop().success());
     assert!(fs::read_to_string(agent.folder.join("logs/kms-agent.log")).unwrap().ends_with("INFO  ended\n"));
+}
+
+/// As Kubernetes renews what is in a volume: `token` leads to `..data/token`, and `..data` to a folder that is made
+/// anew each time, the old one being removed.
+struct Volume {
+    folder: PathBuf,
+    current: Option<PathBuf>,
+}
+
+impl Volume {
+    fn new(folder: PathBuf) -> Volume {
+        fs::create_dir(&folder).unwrap();
+        std::os::unix::fs::symlink("..data/token", folder.join("token")).unwrap();
+        Volume { folder, current: None }
+    }
+
+    fn publish(&mut self, name: &str, token: &str) {
+        let next = self.folder.join(name);
+        fs::create_dir(&next).unwrap();
+        fs::write(next.join("token"), token).unwrap();
+        std::os::unix::fs::symlink(name, self.folder.join("..data_tmp")).unwrap();
+        fs::rename(self.folder.join("..data_tmp"), self.folder.join("..data")).unwrap();
+        if let Some(old) = self.current.replace(next) {
+            fs::remove_dir_all(old).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_kubernetes_volume_that_is_published_anew_can_still_be_read() {
+    let emulator = emulator(&[("a", "1")]);
+    // As it is meant to be named, and through the link that is replaced.
+    for file in ["volume/token", "volume/..data/token"] {
+        // Not in the folder of `CaFile`, which may be read anyway.
+        let folder = Folder::new();
+        let mut volume = Volume::new(folder.join("volume"));
+        volume.publish("..2026_11_22_1", "the first");
+        let token = format!("file://{}", folder.join(file).display());
+        let mut agent = Setup::new(&emulator).token_variable(token).start();
+        for (name, token) in [("..2026_11_22_2", "the second"), ("..2026_11_22_3", "the third")] {
+            volume.publish(name, token);
+            agent.token = token.into();
+            wait_until("the new token works", || agent.get("/v1/a").status == 200);
+        }
+        assert!(!agent.log().contains("cannot read"), "{file}: {}", agent.log());
+    }
 }
 
 /// `packaging/systemd/kms-agent.service` with what it names in place, so that only the unit itself is judged.

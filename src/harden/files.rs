@@ -32,16 +32,20 @@ pub struct Files {
 }
 
 impl Files {
-    /// This file, and whatever is renamed to it later: its whole folder may be read, and that of the file that a
-    /// symbolic link leads to now.
+    /// This file, and whatever is renamed to it later: its whole folder may be read, with all that is in it, and
+    /// that of the file that a symbolic link leads to now. Where a folder on its way is a link (Kubernetes replaces
+    /// a volume's files by its link `..data`), so may the folder which that is in: what it leads to next is mostly
+    /// beside what it leads to now.
     pub fn read(&mut self, file: &Path) {
+        let Ok(file) = std::path::absolute(file) else { return };
+        let mut folders: Vec<&Path> = file.parent().into_iter().collect();
+        folders.extend(file.ancestors().skip(1).filter(|it| it.is_symlink()).filter_map(|link| {
+            // Links in `/` and right below (`/var/run`) are the system's own; they stay, and would open too much.
+            link.parent().filter(|folder| folder.components().count() > 2)
+        }));
         let target = file.canonicalize().ok();
-        for file in [Some(file), target.as_deref()].into_iter().flatten() {
-            let folder = match file.parent() {
-                Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-                Some(parent) => parent,
-                None => continue,
-            };
+        folders.extend(target.as_deref().and_then(Path::parent));
+        for folder in folders {
             if !self.read.iter().any(|known| known == folder) {
                 self.read.push(folder.to_path_buf());
             }
