@@ -12,9 +12,10 @@ use crate::identity::{IdentityError, Question, Standing};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::sign::Credentials;
 use crate::kms::{request as kms_request, retry};
-use crate::log::escape;
+use crate::log::{LeftOut, RateLimit, escape};
 use crate::metrics::CallResult;
 use crate::time::{Mono, Now};
+use std::fmt::Display;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -223,13 +224,13 @@ impl Broker {
         let reply = match outcome {
             Ok(response) => {
                 let reply = reply::parse(flight.key.as_ref().id, response, on_kms_clock.unix_s);
-                log_reply(&flight.key, &reply, took_ms);
+                self.log_reply(&flight.key, &reply, took_ms, now.mono);
                 self.note_reply(&reply, call_took, now.mono);
                 reply
             }
             Err(error) => {
-                let KeyRef { id: name, .. } = flight.key.as_ref();
-                log::warn!("KMS GetSecretValue \"{}\": {error} ({took_ms} ms)", escape(name));
+                let what = format_args!("{error}");
+                log_failure(&mut self.failures_logged, &flight.key, &what, took_ms, now.mono);
                 let reached = error.reached;
                 self.note_call_error(&error, call_took, now.mono);
                 let setback = Setback { reached, ..Setback::passing(Failure::from_call(error), now.mono) };
@@ -366,6 +367,26 @@ impl Broker {
         self.metrics.count_call(result, took);
     }
 
+    fn log_reply(&mut self, key: &Key, reply: &Reply, took_ms: u128, now: Mono) {
+        let (limit, what): (_, &dyn Display) = match reply {
+            Reply::Value(_) => {
+                let KeyRef { id, version_id, version_stage } = key.as_ref();
+                let (id, version) = (escape(id), escape(version_id.or(version_stage).unwrap_or_default()));
+                log::info!("KMS GetSecretValue \"{id}\" {version}: 200 ({took_ms} ms)");
+                return;
+            }
+            // What clients can provoke hides nothing of what goes wrong.
+            Reply::Refused(error) => (&mut self.refusals_logged, error),
+            Reply::Invalid(what) => (&mut self.failures_logged, what),
+            Reply::Transient { error, .. }
+            | Reply::Throttled { error, .. }
+            | Reply::CredentialsRefused(error)
+            | Reply::ClockSkew { error, .. }
+            | Reply::SignatureRefused(error) => (&mut self.failures_logged, error),
+        };
+        log_failure(limit, key, what, took_ms, now);
+    }
+
     /// The same try once more, ahead of all others.
     fn again(&mut self, id: FlightId, mut flight: Flight, now: Mono) {
         flight.phase = Phase::Queued { began: flight.began().unwrap_or(now) };
@@ -465,19 +486,15 @@ impl Setback {
     }
 }
 
-fn log_reply(key: &Key, reply: &Reply, took_ms: u128) {
+/// A call that brought no secret: a warning, or, past its limit, what any other call is (the contract wants one line
+/// each). A warning goes to standard error and to the disk at once, and whoever has the token may ask for as many names
+/// that do not exist as KMS takes calls.
+fn log_failure(limit: &mut RateLimit, key: &Key, what: &dyn Display, took_ms: u128, now: Mono) {
     let KeyRef { id, version_id, version_stage } = key.as_ref();
     let (id, version) = (escape(id), escape(version_id.or(version_stage).unwrap_or_default()));
-    match reply {
-        Reply::Value(_) => log::info!("KMS GetSecretValue \"{id}\" {version}: 200 ({took_ms} ms)"),
-        Reply::Invalid(what) => log::warn!("KMS GetSecretValue \"{id}\" {version}: {what} ({took_ms} ms)"),
-        Reply::Refused(error)
-        | Reply::Transient { error, .. }
-        | Reply::Throttled { error, .. }
-        | Reply::CredentialsRefused(error)
-        | Reply::ClockSkew { error, .. }
-        | Reply::SignatureRefused(error) => {
-            log::warn!("KMS GetSecretValue \"{id}\" {version}: {error} ({took_ms} ms)");
-        }
-    }
+    let (level, left_out) = match limit.admit(now) {
+        Some(left_out) => (log::Level::Warn, left_out),
+        None => (log::Level::Info, LeftOut(0)),
+    };
+    log::log!(level, "KMS GetSecretValue \"{id}\" {version}: {what} ({took_ms} ms){left_out}");
 }

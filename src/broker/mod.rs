@@ -22,6 +22,7 @@ use crate::http::write::Persistence;
 use crate::identity::Identity;
 use crate::kms::format::Kv;
 use crate::kms::retry;
+use crate::log::RateLimit;
 use crate::metrics::{Gauges, Lookup as Looked, Metrics, Outcome};
 use crate::random::Random;
 use crate::secret::Secret;
@@ -42,6 +43,8 @@ pub const UPSTREAM_CALLS_MAX: usize = 8;
 const FLIGHTS_MAX: usize = 2048;
 /// Throttled calls counted; the pause between refreshes has reached its cap by then.
 const THROTTLED_MAX: u32 = 7;
+/// Warnings of calls to KMS a second, and at once.
+const CALLS_WARNED_OF: (u32, u32) = (5, 20);
 /// Keys whose last `refreshNow` fetch is remembered.
 const REMEMBERED_MAX: usize = 1024;
 /// `refreshNow` fetches a key at most once in this time.
@@ -114,6 +117,9 @@ pub struct Broker {
     throttled: u32,
     /// None of them goes out before this.
     throttled_until: Mono,
+    /// Warnings of what KMS refused, and of all else that went wrong.
+    refusals_logged: RateLimit,
+    failures_logged: RateLimit,
     refreshed: Lru<Refreshed>,
     outputs: VecDeque<Output>,
     writer: Writer,
@@ -159,6 +165,8 @@ impl Broker {
             circuit: Circuit::default(),
             throttled: 0,
             throttled_until: Mono::default(),
+            refusals_logged: RateLimit::new(CALLS_WARNED_OF.0, CALLS_WARNED_OF.1),
+            failures_logged: RateLimit::new(CALLS_WARNED_OF.0, CALLS_WARNED_OF.1),
             refreshed: Lru::new(REMEMBERED_MAX, usize::MAX),
             outputs: VecDeque::new(),
             writer: Writer::new(config.server.response_type, Random::from_seed(random.next_u64())),
