@@ -288,12 +288,7 @@ impl Broker {
             }
             Reply::CredentialsRefused(error) => {
                 if flight.renewed || !self.identity.refused(&used, now.mono) {
-                    return self.on_setback(
-                        id,
-                        flight,
-                        Setback::lasting(Failure::from_kms(&error)),
-                        now.mono,
-                    );
+                    return self.on_unwelcome(id, flight, error, now.mono);
                 }
                 flight.renewed = true;
                 self.again(id, flight, now.mono);
@@ -311,9 +306,7 @@ impl Broker {
                 }
                 _ => self.on_setback(id, flight, Setback::lasting(Failure::from_kms(&error)), now.mono),
             },
-            Reply::SignatureRefused(error) => {
-                self.on_setback(id, flight, Setback::lasting(Failure::from_kms(&error)), now.mono);
-            }
+            Reply::SignatureRefused(error) => self.on_unwelcome(id, flight, error, now.mono),
             Reply::Invalid(what) => {
                 self.on_setback(id, flight, Setback::lasting(Failure::invalid_response(what)), now.mono);
             }
@@ -417,6 +410,16 @@ impl Broker {
                 self.on_setback(id, flight, shared.clone(), now);
             }
         }
+    }
+
+    /// KMS does not know us. That says nothing about the secret, so a cached value stays; where there is none,
+    /// the refusal is remembered as one of the secret is: a reader that asks in a loop must not burn the quota.
+    fn on_unwelcome(&mut self, id: FlightId, flight: Flight, error: KmsError, now: Mono) {
+        let setback = Setback::lasting(Failure::from_kms(&error));
+        if self.cache.servable(flight.key.as_ref(), now).is_none() {
+            self.cache.refuse(flight.key.clone(), Rc::new(error), now);
+        }
+        self.on_setback(id, flight, setback, now);
     }
 
     /// A try failed: who has a fall-back gets it, who has none gets another try or the error.

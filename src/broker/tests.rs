@@ -615,14 +615,40 @@ fn readers_who_join_a_pause_do_not_cut_it_short() {
 #[test]
 fn credentials_that_stay_refused_are_not_fetched_for_every_reader() {
     let mut rig = Rig::new();
-    for _ in 0..20 {
-        rig.ask("/v1/db");
+    for n in 0..20 {
+        rig.ask(&format!("/v1/db{n}"));
         while !rig.calls.is_empty() {
             rig.error(404, "InvalidAccessKeyId.NotFound");
         }
     }
     assert_eq!(rig.take_answers(), ["404 InvalidAccessKeyId.NotFound"; 20]);
     assert!(rig.metadata_asked < 8, "{} requests to the metadata service", rig.metadata_asked);
+}
+
+#[test]
+fn kms_is_not_asked_again_and_again_by_who_it_does_not_know() {
+    for code in ["InvalidSecurityToken.Malformed", "SignatureDoesNotMatch"] {
+        let mut rig = Rig::new();
+        rig.cached("cached");
+        rig.ask("/v1/db");
+        while !rig.calls.is_empty() {
+            rig.error(400, code);
+        }
+        assert_eq!(rig.take_answers(), [format!("400 {code}")]);
+        rig.sleep_ms(4_900);
+        assert_eq!(rig.ask("/v1/db").as_deref(), Some(&*format!("400 {code}")), "remembered");
+        rig.sleep_ms(200);
+        assert_eq!((rig.ask("/v1/db"), rig.calls.len()), (None, 1), "not for long");
+        rig.value("db", "two");
+        assert_eq!(rig.take_answers(), ["200 MISS 0 two"]);
+
+        rig.sleep_ms(100_000);
+        rig.ask("/v1/cached");
+        while !rig.calls.is_empty() {
+            rig.error(400, code);
+        }
+        assert_eq!(rig.take_answers(), ["200 STALE 105 one"], "no word on the secret");
+    }
 }
 
 #[test]

@@ -426,7 +426,7 @@ fn regions_and_role_names() {
     for bad in [&*"a".repeat(33), "CN-hangzhou", "cn_hangzhou", "cn.hangzhou", " ", "<Region>"] {
         assert!(region(bad).unwrap_err().contains("must be a region id such as cn-hangzhou"), "{bad}");
     }
-    for bad in [&*"a".repeat(65), "a b", "a/b", "ä"] {
+    for bad in [&*"a".repeat(65), "a b", "a/b", "ä", ".", ".."] {
         assert!(role(bad).unwrap_err().contains("must be the name of a RAM role: 1 to 64"), "{bad}");
     }
 }

@@ -133,7 +133,8 @@ pub(super) fn read_auth_type(text: &str) -> Result<AuthType, String> {
 }
 
 pub(super) fn read_role_name(text: &str) -> Result<String, String> {
-    if consists_of(text, ROLE_NAME_BYTES_MAX, is_name_byte) {
+    // It goes into a path: a dot segment would be another question.
+    if consists_of(text, ROLE_NAME_BYTES_MAX, is_name_byte) && !matches!(text, "." | "..") {
         Ok(text.to_owned())
     } else {
         Err(format!(

@@ -2,7 +2,7 @@
 //! credential chain of the official SDKs (KMS_PROTOCOL.md 4).
 
 use super::IdentityError;
-use super::environment::Environment;
+use super::environment::{self, Environment};
 use super::instance_identity::{self, InstanceIdentity};
 use super::metadata::Metadata;
 use super::oidc::Oidc;
@@ -267,7 +267,7 @@ fn default_chain(kms: &Kms, env: &Env<'_>) -> Result<Vec<Box<dyn Provider>>, Not
         false => ram_role(kms, env),
     };
     let candidates: [(&str, &dyn Fn() -> Found); 4] = [
-        ("the access key in the environment", &|| boxed(Environment::find(env))),
+        (environment::NAME, &|| boxed(Environment::find(env))),
         ("the OIDC role", &|| boxed(Oidc::find(env, kms))),
         ("the instance's RAM role", &on_ecs),
         ("the credentials URI", &|| boxed(CredentialsUri::find(env))),
@@ -276,6 +276,11 @@ fn default_chain(kms: &Kms, env: &Env<'_>) -> Result<Vec<Box<dyn Provider>>, Not
     let mut skipped = Vec::new();
     for (name, find) in candidates {
         match find() {
+            // It never fails, so that nobody after it would ever be asked.
+            Ok(provider) if name == environment::NAME => {
+                providers.push(provider);
+                break;
+            }
             Ok(provider) => providers.push(provider),
             Err(NotConfigured::Missing(why)) if providers.is_empty() => {
                 skipped.push(format!("{name}: {why}"))

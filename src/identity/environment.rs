@@ -11,6 +11,9 @@ use crate::secret::Secret;
 use crate::time::{Mono, Now};
 use std::rc::Rc;
 
+/// What the log calls it.
+pub(super) const NAME: &str = "the access key in the environment";
+
 const ID: &str = "ALIBABA_CLOUD_ACCESS_KEY_ID";
 const SECRET: &str = "ALIBABA_CLOUD_ACCESS_KEY_SECRET";
 const TOKEN: &str = "ALIBABA_CLOUD_SECURITY_TOKEN";
@@ -45,7 +48,7 @@ impl Environment {
 
 impl Provider for Environment {
     fn name(&self) -> &'static str {
-        "the access key in the environment"
+        NAME
     }
 
     fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {

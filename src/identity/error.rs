@@ -40,8 +40,13 @@ pub enum Problem {
     NoRole(Option<String>),
     /// The metadata service has no signed identity of this instance.
     NoSignedIdentity,
-    /// 401 or 403 of the metadata service although the token was new.
-    Denied(u16),
+    /// The metadata service lets nobody in.
+    Denied {
+        /// 401 or 403.
+        status: u16,
+        /// We showed a token, and it was new.
+        hardened: bool,
+    },
     /// Metadata tokens do not work and plain GETs are forbidden.
     HardenedOnly(String),
     /// A refusal with its `Code` and `Message`.
@@ -95,7 +100,16 @@ impl fmt::Display for IdentityError {
                 write!(f, "OIDC token file {}: {why}; see ALIBABA_CLOUD_OIDC_TOKEN_FILE", path.display())
             }
             IdentityError::Region(error) => {
-                write!(f, "{error}; it is asked for the region as neither [KMS] Region nor Endpoint is set")
+                match &**error {
+                    // The advice is for want of credentials; here something else helps.
+                    IdentityError::Service(asked, problem @ Problem::Unreachable(_)) => {
+                        write!(f, "{asked}: {problem}")?;
+                    }
+                    error => write!(f, "{error}")?,
+                }
+                f.write_str(
+                    "; it is asked for the region as neither [KMS] Region nor Endpoint is set: set one where it cannot tell",
+                )
             }
             IdentityError::Everyone(errors) => {
                 errors.iter().enumerate().try_for_each(|(number, (name, error))| {
@@ -115,8 +129,11 @@ impl fmt::Display for Problem {
             Problem::NoRole(None) => f.write_str("no RAM role is attached to this instance"),
             Problem::NoRole(Some(role)) => write!(f, "the RAM role {role} is not attached to this instance"),
             Problem::NoSignedIdentity => f.write_str("it has no signed identity of this instance"),
-            Problem::Denied(status) => {
+            Problem::Denied { status, hardened: true } => {
                 write!(f, "it refused our request with {status} although its token is new")
+            }
+            Problem::Denied { status, hardened: false } => {
+                write!(f, "it gives no token and refused a request without one with {status}")
             }
             Problem::HardenedOnly(why) => {
                 write!(
@@ -145,9 +162,11 @@ fn advice(asked: &Asked, problem: &Problem) -> &'static str {
             "; on an ECS instance look for a firewall rule against it, elsewhere use another identity"
         }
         (_, Problem::NoRole(None)) => "; attach one that may call kms:GetSecretValue",
-        (_, Problem::NoRole(Some(_))) => "; attach it, or correct [KMS] RoleName",
+        (_, Problem::NoRole(Some(_))) => {
+            "; attach it, or correct [KMS] RoleName or ALIBABA_CLOUD_ECS_METADATA, whichever names it"
+        }
         (_, Problem::NoSignedIdentity) => "; instance identity needs an ECS instance",
-        (_, Problem::Denied(_)) => "; see the instance's metadata options (HttpEndpoint, HttpTokens)",
+        (_, Problem::Denied { .. }) => "; see the instance's metadata options (HttpEndpoint, HttpTokens)",
         (Asked::Metadata, Problem::Code(_)) => "; see that the RAM role exists and trusts ecs.aliyuncs.com",
         (Asked::Sts, Problem::Unreachable(_)) => {
             "; see ALIBABA_CLOUD_STS_REGION and ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED"
@@ -156,7 +175,8 @@ fn advice(asked: &Asked, problem: &Problem) -> &'static str {
             "; see the OIDC token, ALIBABA_CLOUD_ROLE_ARN, ALIBABA_CLOUD_OIDC_PROVIDER_ARN and the role's trust policy"
         }
         (Asked::AccessPoint, Problem::Refused { status: 400..=499, .. }) => {
-            "; see [KMS] AapArn, the access point in the KMS console, and this host's clock"
+            "; see [KMS] AapArn and the access point in the KMS console. This exchange is provisional and KMS itself may not \
+             know it: a RAM role works (AuthType = \"ram_role\")"
         }
         _ => "",
     }

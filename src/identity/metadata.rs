@@ -6,7 +6,7 @@
 
 use super::provider::{Question, end_head};
 use super::{Asked, IdentityError, Problem};
-use crate::call::{CallError, CallErrorKind, Service};
+use crate::call::{CallError, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
 use crate::secret::Secret;
@@ -104,10 +104,8 @@ impl Metadata {
     ) -> Result<Option<&'a Response>, IdentityError> {
         let asked_token = matches!(self.access, Access::Unknown);
         let response = match answer {
-            // Something that is there and does not speak tokens: plain GETs may do.
-            Err(error) if asked_token && error.kind == CallErrorKind::InvalidResponse => {
-                return self.fall_back(&error.message);
-            }
+            // Something that is there and does not speak tokens, or drops what is no GET: plain GETs may do.
+            Err(error) if asked_token && error.reached => return self.fall_back(&error.message),
             Err(error) => return Err(problem(Problem::Unreachable(error.message.clone()))),
             Ok(response) => response,
         };
@@ -125,7 +123,10 @@ impl Metadata {
                 self.access = Access::Unknown;
                 Ok(None)
             }
-            status @ (401 | 403) => Err(problem(Problem::Denied(status))),
+            status @ (401 | 403) => {
+                let hardened = matches!(self.access, Access::Hardened { .. });
+                Err(problem(Problem::Denied { status, hardened }))
+            }
             _ => Ok(Some(response)),
         }
     }

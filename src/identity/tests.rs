@@ -1,7 +1,7 @@
 //! Whole conversations, the services made by hand.
 
 use super::*;
-use crate::call::{CallErrorKind, Service};
+use crate::call::Service;
 use crate::config::{AapArn, AuthType, HostPort};
 use crate::http::response::ResponseParser;
 use std::collections::BTreeMap;
@@ -276,6 +276,11 @@ fn plain_where_tokens_are_unknown() {
     rig.converse(&service);
     assert_eq!(rig.lines(), ["PUT /latest/api/token"]);
     assert!(rig.stands().unwrap_err().contains("hardened mode failed"));
+
+    let mut rig = Rig::ram_role();
+    rig.converse(&[("PUT", Some(Reply::new(403, ""))), (APP, Some(Reply::new(403, "")))]);
+    let error = rig.stands().unwrap_err();
+    assert!(error.contains("gives no token and refused a request without one with 403; see"), "{error}");
 }
 
 #[test]
@@ -320,7 +325,10 @@ fn the_metadata_services_failures_say_what_to_do() {
     rig.converse(&[("PUT", None)]);
     let error = rig.stands().unwrap_err();
     assert!(
-        error.contains("connection refused") && error.contains("neither [KMS] Region nor Endpoint is set")
+        error.contains(
+            "connection refused; it is asked for the region as neither [KMS] Region nor Endpoint is set"
+        ),
+        "{error}"
     );
 }
 
@@ -329,7 +337,8 @@ const KEY: [(&str, &str); 2] =
 
 #[test]
 fn an_access_key_is_there_at_once_and_for_good() {
-    let mut rig = Rig::new(&kms(|_| {}), &KEY);
+    // Nobody comes after it, so what is wrong with those is no matter.
+    let mut rig = Rig::new(&kms(|_| {}), &[KEY[0], KEY[1], ("ALIBABA_CLOUD_CREDENTIALS_URI", "h")]);
     assert_eq!(rig.stands().unwrap(), "LTAI");
     assert_eq!(rig.identity.next_deadline(), Mono::NEVER);
     let credentials = rig.credentials();
@@ -537,7 +546,7 @@ fn instance_identity_explains_what_is_wrong() {
         ),
         (
             vec![identity(), ("POST", refusal("X.Y"))],
-            "it refused with 403 X.Y; see [KMS] AapArn, the access point",
+            "it refused with 403 X.Y; see [KMS] AapArn and the access point",
         ),
         (
             vec![identity(), ("POST", ok(nested("a", -1)))],
@@ -607,12 +616,16 @@ fn who_it_is_follows_configuration_and_environment() {
 }
 
 #[test]
-fn what_is_no_http_means_plain_requests() {
-    let mut rig = Rig::ram_role();
-    let question = rig.identity.poll(at(0).mono).unwrap();
-    let error = CallError::invalid(&question.origin, "the server does not speak HTTP/1");
-    assert_eq!(error.kind, CallErrorKind::InvalidResponse);
-    rig.identity.on_answer(Err(&error), at(0));
-    rig.converse(&[(APP, ok(flat("STS.1", 1000)))]);
-    assert_eq!(rig.lines(), [APP]);
+fn a_service_that_only_knows_gets_is_asked_plainly() {
+    let origin = HostPort { host: "m".into(), port: 80 };
+    for error in [
+        CallError::invalid(&origin, "the server does not speak HTTP/1"),
+        CallError::timeout("reply of", &origin, Duration::from_secs(1)).reached(),
+    ] {
+        let mut rig = Rig::ram_role();
+        assert!(rig.identity.poll(at(0).mono).is_some());
+        rig.identity.on_answer(Err(&error), at(0));
+        rig.converse(&[(APP, ok(flat("STS.1", 1000)))]);
+        assert_eq!(rig.lines(), [APP]);
+    }
 }
