@@ -436,6 +436,7 @@ wait_for_ping() {
 }
 
 start() {
+    begun=$(date +%s)
     systemctl daemon-reload
     systemctl reset-failed kms-agent 2>/dev/null || true
     systemctl restart kms-agent && wait_for_ping
@@ -455,7 +456,7 @@ elif start; then
     say "$version is running on port $port${old_version:+ ($old_version before)}"
 else
     say "$version does not answer on port $port. It said:" >&2
-    journalctl --unit kms-agent --lines 20 --no-pager --output cat >&2 2>/dev/null || true
+    journalctl --unit kms-agent --since "@$begun" --lines 20 --no-pager --output cat >&2 2>/dev/null || true
     if [ -n "$old_version" ]; then
         put_back
         ! start || fail "rolled back to $old_version, which is running"
