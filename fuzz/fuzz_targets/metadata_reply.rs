@@ -65,7 +65,8 @@ fn identity(flags: u8) -> Identity {
 }
 
 fn answer(kind: u8, body: &[u8]) -> Result<Response, CallError> {
-    let failed = |kind| Err(CallError { kind, message: "reply of host:80: no good".to_owned(), reached: false });
+    let failed =
+        |kind| Err(CallError { kind, message: "reply of host:80: no good".to_owned(), reached: false });
     let status = match kind {
         b'1' => 401,
         b'3' => 403,
