@@ -130,6 +130,43 @@ fn other_files_than_the_agents_own_are_out_of_reach() {
 }
 
 #[test]
+fn names_are_resolved_by_files_that_are_linked_out_of_etc() {
+    let name = "names_are_resolved_by_files_that_are_linked_out_of_etc";
+    if trial().is_none() {
+        let Some(unshare) = common::tool("unshare") else { return };
+        let try_it = Command::new(&unshare).args(["-m", "mount", "-t", "tmpfs", "none", "/etc"]).output();
+        if !try_it.is_ok_and(|output| output.status.success()) {
+            eprintln!("skipped: no mount namespaces here");
+            return;
+        }
+        let folder = Folder::new();
+        folder.write("hosts", "127.0.0.1 linked.test\n");
+        folder.write("nsswitch.conf", "hosts: files\n");
+        // An /etc of its own.
+        let script =
+            r#"mount -t tmpfs none /etc && ln -s "$PWD/hosts" "$PWD/nsswitch.conf" /etc && exec "$0" "$@""#;
+        let output = Command::new(unshare)
+            .args(["-m", "sh", "-c", script])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture", "--test-threads=1"])
+            .env(TRIAL, "links")
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat())
+        );
+        return;
+    }
+    let mut harden = Harden::default();
+    harden.restrict_files(&Files::default());
+    let found = ("linked.test", 1).to_socket_addrs().unwrap().next();
+    assert_eq!(found, Some(([127, 0, 0, 1], 1).into()));
+}
+
+#[test]
 fn no_core_no_dump_no_new_privileges() {
     if trial().is_none() {
         let folder = Folder::new();

@@ -14,6 +14,7 @@ const ABI_WANTED: ABI = ABI::V5;
 /// for the inode that it had. The libraries are those of nsswitch.conf, which glibc loads when it needs them.
 const RESOLVER: &[&str] = &[
     "/etc",
+    "/usr/etc",
     "/run/NetworkManager",
     "/run/resolvconf",
     "/run/systemd/resolve",
@@ -22,10 +23,13 @@ const RESOLVER: &[&str] = &[
     "/usr/lib",
     "/usr/lib64",
 ];
+/// Of what getaddrinfo reads, what is often a link out of `/etc`, to places that each distribution has for itself
+/// (`/run/netconfig`, `/run/connman`, ..).
+const RESOLVER_LINKS: &[&str] = &["/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf"];
 
 /// The files that the agent opens while it serves. Those it has open already are not
 /// concerned; what names are resolved with is always among them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Files {
     read: Vec<PathBuf>,
     write: Option<PathBuf>,
@@ -75,6 +79,8 @@ pub(super) fn restrict(files: &Files) -> Result<String, String> {
 }
 
 fn try_restrict(files: &Files) -> Result<RestrictionStatus, RulesetError> {
+    let mut files = files.clone();
+    RESOLVER_LINKS.iter().for_each(|file| files.read(Path::new(file)));
     let read: BitFlags<AccessFs> = AccessFs::ReadFile.into();
     // Rotation: the file is renamed within its folder, a new one made, the oldest removed.
     let write = make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate | MakeReg | RemoveFile});
