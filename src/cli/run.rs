@@ -237,7 +237,7 @@ fn find_token(
     random: &mut Random,
 ) -> Result<(Source, Secret), StartError> {
     let source = Source::find(&config.server.ssrf_env_variables, env)
-        .map_err(|error| StartError::Failed(error.to_string()))?;
+        .map_err(|error| StartError::Configuration(error.to_string()))?;
     if let Source::File { path, default: true } = &source {
         match token::create_if_missing(path, random) {
             Ok(true) => log::info!("token file {} created", path.display()),
