@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Agent, Folder, Setup, TOKEN, emulator, wait_until};
+use common::{Agent, Folder, Setup, TOKEN, emulator, secret_target, wait_until};
 use kms_emulator::{BadCertificate, Emulator, KmsMode, MetadataFault};
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -583,6 +583,26 @@ fn token_create_and_rotate() {
         .fails(1, "no group no-such-group");
     token(&["create", "--file", "/dev/null"], "").fails(1, "something else than a regular file");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary file is left");
+}
+
+#[test]
+fn an_agent_that_is_busy_is_running() {
+    let emulator = emulator(&[("db", DB)]);
+    let world = World::new(Setup::new(&emulator).key("Server", "MaxConn", 1));
+    world.run(&["get", "db"]).prints(DB);
+    emulator.set_kms_mode(KmsMode::StallReply).unwrap();
+    let busy = "Running\n  connections  all busy; see [Server] MaxConn\n";
+    // Each waits for seconds, so this ends soon.
+    let mut waiting = world.agent.connect();
+    waiting.send(world.agent.head(&secret_target("never-answered")));
+    wait_until("its only connection is busy", || world.run(&["status"]).stdout == busy);
+    let done = world.run(&["check"]);
+    assert!(
+        done.stdout.contains("kms-agent (pid ") && done.stdout.contains("all of [Server] MaxConn are busy"),
+        "{}",
+        done.stdout
+    );
+    assert_eq!(waiting.reply().unwrap().status, 504);
 }
 
 /// Else everybody would be locked out whose group the installer gave it to.

@@ -143,6 +143,15 @@ fn port(config: &Config, report: &mut Report) -> Running {
             report.ok(STEP, format_args!("127.0.0.1:{port} is held by an agent: {holder}"));
             Running::RefusesToken
         }
+        Ok(Ok(reply)) if local::is_busy(&reply) && is_kms_agent => {
+            report.ok(
+                STEP,
+                format_args!(
+                    "127.0.0.1:{port} is held by an agent: {holder}; all of [Server] MaxConn are busy"
+                ),
+            );
+            Running::Yes
+        }
         // Without a token of ours, or an agent from before there was a /status.
         Ok(Ok(Response { status: 404, .. })) | Err(_) if is_kms_agent => {
             report.ok(STEP, format_args!("127.0.0.1:{port} is held by an agent: {holder}"));

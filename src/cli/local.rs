@@ -295,6 +295,11 @@ pub(super) fn is_token_refusal(reply: &Response) -> bool {
     reply.status == 403 && (text.starts_with("403 InvalidToken") || text == "403 Bad Token")
 }
 
+/// Whether all of `MaxConn` serve others: the agent is there, and has looked at nothing else of the request.
+pub(super) fn is_busy(reply: &Response) -> bool {
+    reply.status == 429
+}
+
 /// An error reply in one line: the status, then code and message in any of the agent's three ways to say them,
 /// or what else stands there.
 pub(super) fn failure(reply: &Response) -> String {

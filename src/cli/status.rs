@@ -84,6 +84,9 @@ fn find(loaded: &Loaded) -> (u8, String) {
             Ok(status) => (super::OK, describe(&status)),
             Err(_) => unknown("what answers on the port is not kms-agent"),
         },
+        Ok(reply) if local::is_busy(&reply) => {
+            (super::OK, "Running\n  connections  all busy; see [Server] MaxConn\n".to_owned())
+        }
         // An agent from before there was a /status: it took the token, so it is one.
         Ok(reply) if reply.status == 404 => (super::OK, "Running\n".to_owned()),
         Ok(reply) => unknown(&agent.refusal(&reply)),
