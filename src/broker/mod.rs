@@ -286,6 +286,7 @@ impl Broker {
             kms: &self.kms_health,
             credentials: &self.credentials_health,
             credentials_expire_unix_s: self.credentials_expire_unix_s,
+            clock_offset_s: self.identity.clock_offset_s(),
         };
         status.to_json(now)
     }
@@ -421,7 +422,8 @@ impl Broker {
             if let Phase::Pausing { until } = &mut flight.phase {
                 if flight.not_before >= budget.until {
                     // The server asked for a pause that outlasts the reader's patience.
-                    let failure = flight.last_failure.clone().unwrap_or_else(|| Rc::new(no_reply()));
+                    let failure =
+                        flight.last_failure.clone().unwrap_or_else(|| Rc::new(self.no_reply(&flight, now)));
                     flight.budget = None;
                     self.put_back(id, flight, now);
                     return Asked::Answered(self.write(&Content::Failure(failure), reader.manner, now, out));
@@ -497,7 +499,7 @@ impl Broker {
             self.answer_from_cache(&mut flight, now);
         }
         if flight.budget.is_some_and(|budget| now >= budget.until) {
-            let failure = flight.last_failure.clone().unwrap_or_else(|| Rc::new(no_reply()));
+            let failure = flight.last_failure.clone().unwrap_or_else(|| Rc::new(self.no_reply(&flight, now)));
             self.fail_readers(&mut flight, &failure);
         }
         match flight.phase {
@@ -536,6 +538,18 @@ impl Broker {
         flight.budget = None;
         self.answer_all(std::mem::take(&mut flight.readers), |_| Content::Failure(Rc::clone(failure)));
         self.answer_all(std::mem::take(&mut flight.next_round), |_| Content::Failure(Rc::clone(failure)));
+    }
+
+    /// A reader's patience is over and nothing has failed yet.
+    fn no_reply(&self, flight: &Flight, now: Mono) -> Failure {
+        let seconds = retry::READER_BUDGET.as_secs();
+        if matches!(flight.phase, Phase::Queued { .. }) && !self.identity.is_ready(now) {
+            // KMS has not even been asked.
+            let asked_for = self.identity.asked_for();
+            let why = format!("no credentials within {seconds} s: {asked_for} is still being asked for");
+            return Failure::no_credentials(&why, Duration::ZERO);
+        }
+        Failure::ours(504, "UpstreamTimeout", format!("KMS gave no reply within {seconds} s in all"))
     }
 
     fn answer_all(&mut self, readers: Vec<Reader>, content: impl Fn(&Reader) -> Content) {
@@ -648,11 +662,6 @@ impl hashbrown::Equivalent<Key> for Lookable<'_> {
     fn equivalent(&self, key: &Key) -> bool {
         key.as_ref() == self.0
     }
-}
-
-fn no_reply() -> Failure {
-    let seconds = retry::READER_BUDGET.as_secs();
-    Failure::ours(504, "UpstreamTimeout", format!("KMS gave no reply within {seconds} s in all"))
 }
 
 #[cfg(test)]

@@ -54,6 +54,8 @@ pub(super) struct Status<'a> {
     pub(super) kms: &'a Health,
     pub(super) credentials: &'a Health,
     pub(super) credentials_expire_unix_s: Option<i64>,
+    /// What the clock by which they end shows more than ours.
+    pub(super) clock_offset_s: i64,
 }
 
 impl Status<'_> {
@@ -62,7 +64,8 @@ impl Status<'_> {
         let kms = self.health(self.kms, now);
         let mut credentials = self.health(self.credentials, now);
         let expires = self.credentials_expire_unix_s;
-        if let Some(expires) = expires.filter(|at| self.credentials.is_well() && now.unix_s >= *at) {
+        let on_their_clock = now.unix_s.saturating_add(self.clock_offset_s);
+        if let Some(expires) = expires.filter(|at| self.credentials.is_well() && on_their_clock >= *at) {
             // Nobody has noticed yet.
             credentials["ok"] = json!(false);
             credentials["since"] = json!(rfc_3339(expires));
@@ -128,6 +131,7 @@ mod tests {
             kms,
             credentials,
             credentials_expire_unix_s: expire,
+            clock_offset_s: 0,
         }
     }
 
@@ -204,6 +208,9 @@ mod tests {
             told(49),
             json!({"ok": true, "since": rfc_3339(at(1).unix_s), "expires": expires, "last_error": null})
         );
+        let status = Status { clock_offset_s: -3600, ..status(&kms, &credentials, Some(end)) };
+        let ahead: Value = serde_json::from_str(&status.to_json(at(3649))).unwrap();
+        assert_eq!(ahead["credentials"]["ok"], json!(true), "our clock is an hour ahead");
         assert_eq!(told(50), json!({"ok": false, "since": expires, "expires": expires, "last_error": null}));
     }
 }

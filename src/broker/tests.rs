@@ -16,6 +16,7 @@ struct Rig {
     answers: Vec<(u64, String)>,
     next_client: u64,
     metadata_works: bool,
+    metadata_hangs: bool,
     metadata_asked: u32,
 }
 
@@ -41,6 +42,7 @@ impl Rig {
             answers: vec![],
             next_client: 0,
             metadata_works: true,
+            metadata_hangs: false,
             metadata_asked: 0,
         };
         rig.settle();
@@ -67,6 +69,9 @@ impl Rig {
             match output {
                 Output::Call(call) if call.service == Service::Metadata => {
                     self.metadata_asked += 1;
+                    if self.metadata_hangs {
+                        continue;
+                    }
                     let mut request = Vec::new();
                     self.broker.write_request(&call, self.now, &mut request).unwrap();
                     let (status, body) = match (self.metadata_works, request.starts_with(b"PUT")) {
@@ -525,6 +530,17 @@ fn no_credentials_no_secret_and_both_heal() {
     rig.metadata_works = true;
     rig.sleep_ms(41_000);
     assert_eq!(rig.calls.len(), 1, "the refresh goes on by itself");
+}
+
+#[test]
+fn kms_is_not_blamed_where_credentials_are_waited_for() {
+    let mut rig = Rig::new();
+    rig.metadata_hangs = true;
+    rig.ask("/v1/db");
+    rig.sleep_ms(7_900);
+    assert!(rig.answers.is_empty() && rig.calls.is_empty());
+    rig.sleep_ms(200);
+    assert_eq!(rig.take_answers(), ["503 CredentialUnavailable"]);
 }
 
 #[test]

@@ -137,6 +137,15 @@ impl Chain {
         self.providers.get(self.serving.unwrap_or(0)).map_or("nobody", |provider| provider.name())
     }
 
+    /// What is being asked for: `the OIDC role`, or `the region`.
+    #[must_use]
+    pub fn asked_for(&self) -> &'static str {
+        match self.stage {
+            Stage::Region => "the region",
+            Stage::Provider(at) => self.providers.get(at).map_or("nobody", |provider| provider.name()),
+        }
+    }
+
     /// Begins a conversation.
     ///
     /// # Errors

@@ -128,10 +128,22 @@ impl Identity {
         self.chain.name()
     }
 
+    /// What the fetch under way asks for: `the OIDC role`, or `the region`.
+    #[must_use]
+    pub fn asked_for(&self) -> &'static str {
+        self.chain.asked_for()
+    }
+
     /// When the credentials that are held end, seconds since 1970 (UTC); `None`: never, or there are none.
     #[must_use]
     pub fn expires_unix_s(&self) -> Option<i64> {
         self.held.as_ref().and_then(|held| held.credentials.expires_unix_s)
+    }
+
+    /// What the clock by which the credentials end shows more than ours, in seconds.
+    #[must_use]
+    pub const fn clock_offset_s(&self) -> i64 {
+        self.clock_offset_s
     }
 
     /// Whether credentials are held that have not ended.

@@ -81,6 +81,8 @@ struct Who {
     /// `the instance's RAM role`.
     name: &'static str,
     region: Option<String>,
+    /// What the clock by which the credentials end shows more than ours, in seconds.
+    clock_offset_s: i64,
 }
 
 /// Why there are none.
@@ -95,7 +97,7 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> W
         Ok(identity) => identity,
         Err(error) => {
             let nobody = Nobody { why: error.to_string(), for_want_of_metadata: false };
-            return Who { credentials: Err(nobody), name: "nobody", region: None };
+            return Who { credentials: Err(nobody), name: "nobody", region: None, clock_offset_s: 0 };
         }
     };
     let credentials = loop {
@@ -118,7 +120,12 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> W
             identity.on_answer(outcome.result.as_ref(), prober.now());
         }
     };
-    Who { credentials, name: identity.name(), region: identity.region().map(str::to_owned) }
+    Who {
+        credentials,
+        name: identity.name(),
+        region: identity.region().map(str::to_owned),
+        clock_offset_s: identity.clock_offset_s(),
+    }
 }
 
 /// Asks for a session token, as each conversation with the service begins: any answer shows that it is there.
@@ -166,7 +173,7 @@ fn tell_credentials(metadata: &Result<Response, CallError>, who: &Who, prober: &
     match &who.credentials {
         Ok(credentials) => match credentials.expires_unix_s {
             Some(end) => {
-                let left_s = end.saturating_sub(prober.now().unix_s);
+                let left_s = end.saturating_sub(prober.now().unix_s).saturating_sub(who.clock_offset_s);
                 let left = status::duration(u64::try_from(left_s).unwrap_or(0));
                 report.ok(STEP, format_args!("there, for another {left}: {}", who.name));
             }
