@@ -7,6 +7,7 @@ mod common;
 
 use common::{Agent, Folder, Setup, TOKEN, emulator, secret_target, wait_until};
 use kms_emulator::{BadCertificate, Emulator, KmsMode, MetadataFault};
+use rustix::process::Signal;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -583,6 +584,37 @@ fn token_create_and_rotate() {
         .fails(1, "no group no-such-group");
     token(&["create", "--file", "/dev/null"], "").fails(1, "something else than a regular file");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary file is left");
+}
+
+#[test]
+fn a_command_that_is_ended_leaves_no_core_and_its_program_may() {
+    let emulator = emulator(&[("db", DB)]);
+    let world = World::new(Setup::new(&emulator));
+    let with_cores = |line: &[&str]| {
+        let it = world.command(line);
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", r#"ulimit -c unlimited; exec "$0" "$@""#])
+            .arg(it.get_program())
+            .args(it.get_args());
+        command
+            .envs(it.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .current_dir(world.agent.folder.path());
+        command
+    };
+    let program = with_cores(&["exec", "--env", "A=db", "--", "sh", "-c", "kill -QUIT $$"]).status().unwrap();
+    assert_eq!(program.signal(), Some(Signal::QUIT.as_raw()));
+    if !program.core_dumped() {
+        eprintln!("no core dumps here at all");
+    }
+    emulator.set_kms_mode(KmsMode::StallReply).unwrap();
+    let mut get = with_cores(&["get", "never-answered"]).spawn().unwrap();
+    wait_until("it waits for the reply, with the token in its memory", || {
+        world.agent.get("/metrics").text().contains("\nkms_agent_connections 2\n")
+    });
+    rustix::process::kill_process(rustix::process::Pid::from_child(&get), Signal::QUIT).unwrap();
+    let get = get.wait().unwrap();
+    assert!(get.signal() == Some(Signal::QUIT.as_raw()) && !get.core_dumped(), "{get}");
 }
 
 #[test]

@@ -206,6 +206,8 @@ fn print(bytes: &[u8]) -> u8 {
 /// Does what the arguments of this process ask for; the result is its exit code.
 #[must_use]
 pub fn main() -> u8 {
+    // Most commands hold a token or a secret for a moment.
+    let _ = crate::harden::forbid_dumps();
     match parse(std::env::args_os().skip(1)) {
         Ok(Command::Print(text)) => {
             // Whoever closed the pipe early has seen enough.

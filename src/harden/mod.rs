@@ -34,9 +34,7 @@ impl Harden {
         let mut harden = Harden::default();
         let no_core = Rlimit { current: Some(0), maximum: Some(0) };
         harden.note("no core dumps", rustix::process::setrlimit(Resource::Core, no_core));
-        // Nor may a process of the same user read its memory.
-        let not_dumpable = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
-        harden.note("not dumpable", not_dumpable);
+        harden.note("not dumpable", forbid_dumps());
         harden.note("no new privileges", rustix::thread::set_no_new_privs(true));
         match may_lock_memory() {
             Ok(()) => {
@@ -81,6 +79,15 @@ impl Harden {
             Err(error) => self.missing.push(format!("{step}: {}", Reason(&io::Error::from(error)))),
         }
     }
+}
+
+/// No core dump of this process, and no other of the same user may read its memory. A program that takes its place
+/// (execve(2)) is as dumpable as any.
+///
+/// # Errors
+/// Never, as prctl(2) has it.
+pub fn forbid_dumps() -> Result<(), rustix::io::Errno> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
 /// Locked memory counts against a limit that is often 64 KiB or 8 MiB. Below that limit locking succeeds, and
