@@ -487,6 +487,19 @@ fn a_standard_error_that_nobody_reads_any_more_is_survived() {
 }
 
 #[test]
+fn a_standard_error_that_takes_nothing_stops_no_start() {
+    let emulator = emulator(&[("a", "1")]);
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let setup = Setup::new(&emulator);
+    let config = setup.folder.write("again.toml", setup.config());
+    let agent = setup.stderr_to(full()).start();
+    assert_eq!(agent.secret("a").data(), "1");
+    let mut in_vain = Command::new(env!("CARGO_BIN_EXE_kms-agent"));
+    in_vain.arg("--config").arg(config).env("KMS_TOKEN", "file://no-path").stderr(full());
+    assert_eq!(in_vain.status().unwrap().code(), Some(2));
+}
+
+#[test]
 fn a_removed_log_folder_is_survived_and_told() {
     let emulator = emulator(&[("a", "1")]);
     let agent = Agent::start(&emulator);

@@ -185,7 +185,7 @@ fn load_quietly(named: Option<PathBuf>) -> Result<Loaded, config::LoadError> {
     Ok(Loaded { config, file })
 }
 
-/// Tells the person at the terminal what went wrong.
+/// Tells the person at the terminal what went wrong, or what else they should know.
 fn complain(what: &dyn Display) {
     // Whoever closed standard error wants to hear nothing.
     let _ = writeln!(io::stderr(), "kms-agent: {what}");

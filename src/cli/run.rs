@@ -89,14 +89,14 @@ pub fn main(file: Option<PathBuf>) -> u8 {
             // Whoever started it by hand should not have to guess.
             let log =
                 std::path::absolute(folder).unwrap_or_else(|_| folder.clone()).join(crate::log::FILE_NAME);
-            eprintln!("kms-agent: serving on port {}, log in {}", agent.port(), log.display());
+            super::complain(&format_args!("serving on port {}, log in {}", agent.port(), log.display()));
         }
         agent.serve()
     };
     match Agent::prepare(&config, &env, Some(Harden::begin())).and_then(serve) {
         Ok(()) => super::OK,
         Err(error) => {
-            eprintln!("kms-agent: {error}");
+            super::complain(&error);
             match error {
                 StartError::Configuration(_) => super::USAGE,
                 StartError::Failed(_) => super::FAILED,
