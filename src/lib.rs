@@ -25,6 +25,9 @@
 //! [`kms::request`] signs it when that is ready, [`kms::reply`] reads what comes back, and all readers of
 //! the flight are answered.
 
+// They panic where they cannot write: a full disk or a closed pipe must not end the agent.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod broker;
 pub mod buf;
 pub mod cache;
