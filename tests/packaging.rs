@@ -25,8 +25,15 @@ const HOST_SCRIPTS: [&str; 9] = [
     "scripts/prerm",
     "scripts/postrm",
 ];
-const BUILD_SCRIPTS: [&str; 6] =
-    ["build", "packages", "cloud-assistant/make", "test/debian-root", "test/chroot", "test/boot"];
+const BUILD_SCRIPTS: [&str; 7] = [
+    "build",
+    "packages",
+    "static-pie-linker",
+    "cloud-assistant/make",
+    "test/debian-root",
+    "test/chroot",
+    "test/boot",
+];
 
 fn packaging(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(name)
