@@ -128,6 +128,12 @@ fn an_access_key_from_the_environment_needs_nobody() {
         assert_eq!(refused.status, 404, "{}", refused.text());
         assert!(refused.text().contains("InvalidAccessKeyId.NotFound"));
         agent.wait_for_log("KMS refuses the access key in the environment; replace it");
+        let calls = emulator.counters().kms_requests;
+        for _ in 0..100 {
+            assert_eq!(agent.secret("db").status, 404);
+        }
+        // One more each 5 s, however long the loop takes.
+        assert!(emulator.counters().kms_requests < calls + 20, "a loop of readers does not flood KMS");
         emulator.add_access_key(AK_ID, AK_SECRET);
         heals(&agent);
         writes_no_credentials(&mut agent);
