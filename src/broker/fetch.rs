@@ -4,7 +4,7 @@
 use super::answer::{self, Content, Failure, XCache};
 use super::flight::{Budget, Flight, FlightId, Phase};
 use super::{Broker, Output, Refreshed, UPSTREAM_CALLS_MAX};
-use crate::cache::{Key, KeyRef};
+use crate::cache::{Key, KeyRef, Lookup};
 use crate::call::{Call, CallError, CallErrorKind, CallId, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
@@ -412,11 +412,13 @@ impl Broker {
         }
     }
 
-    /// KMS does not know us. That says nothing about the secret, so a cached value stays; where there is none,
-    /// the refusal is remembered as one of the secret is: a reader that asks in a loop must not burn the quota.
+    /// KMS does not know us. That says nothing about the secret, so what is cached of it stays; where there is
+    /// nothing, this is remembered as a refusal of the secret is: a reader that asks in a loop must not burn the
+    /// quota.
     fn on_unwelcome(&mut self, id: FlightId, flight: Flight, error: KmsError, now: Mono) {
         let setback = Setback::lasting(Failure::from_kms(&error));
-        if self.cache.servable(flight.key.as_ref(), now).is_none() {
+        let key = flight.key.as_ref();
+        if self.cache.servable(key, now).is_none() && matches!(self.cache.lookup(key, now), Lookup::Absent) {
             self.cache.refuse(flight.key.clone(), Rc::new(error), now);
         }
         self.on_setback(id, flight, setback, now);

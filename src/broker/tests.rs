@@ -664,6 +664,16 @@ fn kms_is_not_asked_again_and_again_by_who_it_does_not_know() {
             rig.error(400, code);
         }
         assert_eq!(rig.take_answers(), ["200 STALE 105 one"], "no word on the secret");
+
+        rig.ask("/v1/gone");
+        rig.error(404, "Forbidden.ResourceNotFound");
+        rig.ask("/v1/gone?refreshNow=1");
+        while !rig.calls.is_empty() {
+            rig.error(400, code);
+        }
+        rig.take_answers();
+        let remembered = rig.ask("/v1/gone");
+        assert_eq!(remembered.as_deref(), Some("404 Forbidden.ResourceNotFound"), "KMS's last word on it");
     }
 }
 
