@@ -4,7 +4,7 @@
 use super::answer::{self, Content, Failure, XCache};
 use super::flight::{Budget, Flight, FlightId, Phase};
 use super::{Broker, Output, Refreshed, UPSTREAM_CALLS_MAX};
-use crate::cache::{Key, KeyRef, Lookup};
+use crate::cache::{Key, KeyRef, Lookup, REFUSAL_LIFE, UNWELCOME_LIFE};
 use crate::call::{Call, CallError, CallErrorKind, CallId, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
@@ -268,7 +268,7 @@ impl Broker {
             }
             Reply::Refused(error) => {
                 let failure = Rc::new(Failure::from_kms(&error));
-                self.cache.refuse(flight.key.clone(), Rc::new(error), now.mono);
+                self.cache.refuse(flight.key.clone(), Rc::new(error), REFUSAL_LIFE, now.mono);
                 self.remember_refresh(&flight, Some(&failure));
                 self.answer_all(std::mem::take(&mut flight.readers), |_| {
                     Content::Failure(Rc::clone(&failure))
@@ -413,13 +413,12 @@ impl Broker {
     }
 
     /// KMS does not know us. That says nothing about the secret, so what is cached of it stays; where there is
-    /// nothing, this is remembered as a refusal of the secret is: a reader that asks in a loop must not burn the
-    /// quota.
+    /// nothing, this is remembered for a second: a reader that asks in a loop must not burn the quota.
     fn on_unwelcome(&mut self, id: FlightId, flight: Flight, error: KmsError, now: Mono) {
         let setback = Setback::lasting(Failure::from_kms(&error));
         let key = flight.key.as_ref();
         if self.cache.servable(key, now).is_none() && matches!(self.cache.lookup(key, now), Lookup::Absent) {
-            self.cache.refuse(flight.key.clone(), Rc::new(error), now);
+            self.cache.refuse(flight.key.clone(), Rc::new(error), UNWELCOME_LIFE, now);
         }
         self.on_setback(id, flight, setback, now);
     }

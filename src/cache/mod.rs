@@ -15,6 +15,9 @@ use zeroize::Zeroizing;
 /// How long KMS's definite refusal of a secret is remembered, so that a crash loop cannot burn the
 /// quota.
 pub const REFUSAL_LIFE: Duration = Duration::from_secs(5);
+/// The same for a refusal of the agent where nothing is cached: an operator who has mended a policy or key is not kept
+/// waiting.
+pub const UNWELCOME_LIFE: Duration = Duration::from_secs(1);
 /// Refusals remembered at a time, whatever the cache's own size.
 const REFUSALS_MAX: usize = 1024;
 /// A hot value is refreshed once this much of its life has passed, in per mille; the jitter below is
@@ -177,11 +180,11 @@ impl Cache {
         span
     }
 
-    /// KMS refuses this secret: its value goes at once, the refusal stays for [`REFUSAL_LIFE`].
-    pub fn refuse(&mut self, key: Key, error: Rc<KmsError>, now: Mono) {
+    /// KMS refuses this secret: its value goes at once, the refusal stays for `life`.
+    pub fn refuse(&mut self, key: Key, error: Rc<KmsError>, life: Duration, now: Mono) {
         self.values.remove(key.as_ref());
         let weight_bytes = key.text_bytes();
-        self.refusals.insert(key, Refusal { error, until: now.after(REFUSAL_LIFE) }, weight_bytes);
+        self.refusals.insert(key, Refusal { error, until: now.after(life) }, weight_bytes);
     }
 
     /// When [`Cache::take_due_refreshes`] is worth calling.
@@ -338,10 +341,10 @@ mod tests {
             message: String::new(),
             request_id: String::new(),
         });
-        cache.refuse(db().to_owned(), Rc::clone(&error), at(1).mono);
+        cache.refuse(db().to_owned(), Rc::clone(&error), REFUSAL_LIFE, at(1).mono);
         cache.check_invariants();
         assert_eq!((see(&mut cache, 5), see(&mut cache, 6)), ("refused", "absent"));
-        cache.refuse(db().to_owned(), error, at(10).mono);
+        cache.refuse(db().to_owned(), error, REFUSAL_LIFE, at(10).mono);
         put(&mut cache, None, 11);
         assert_eq!(see(&mut cache, 11), "fresh");
     }
