@@ -127,12 +127,11 @@ pub fn asks_for_head(bytes: &[u8]) -> bool {
 }
 
 fn unfinished<'h, 'b>(bytes: &[u8]) -> Parsed<'h, 'b> {
-    let (line, complete) = request_line(bytes);
-    let target_too_long = match line.split(|b| *b == b' ').nth(1) {
-        Some(target) => target.len() > TARGET_BYTES_MAX,
-        None => !complete && line.len() > TARGET_BYTES_MAX + METHOD_BYTES_MAX,
-    };
-    if target_too_long {
+    let (line, _) = request_line(bytes);
+    let mut words = line.split(|b| *b == b' ').map(<[u8]>::len);
+    // The method too, whether its end is there or not: the answer must not depend on how the bytes were cut.
+    let method_too_long = words.next().is_some_and(|len| len > TARGET_BYTES_MAX + METHOD_BYTES_MAX);
+    if method_too_long || words.next().is_some_and(|len| len > TARGET_BYTES_MAX) {
         Parsed::Reject(Reject::TargetTooLong)
     } else if bytes.len() >= HEAD_BYTES_MAX {
         Parsed::Reject(Reject::HeadTooLarge)
@@ -540,6 +539,7 @@ mod tests {
         // Known before the line ends, and for what has no end in sight.
         assert_eq!(verdict(format!("GET /{}", "a".repeat(TARGET_BYTES_MAX)).as_bytes()), "TargetTooLong");
         assert_eq!(verdict("a".repeat(65536).as_bytes()), "TargetTooLong");
+        assert_eq!(verdict(format!("{} /unfinished", "a".repeat(9000)).as_bytes()), "TargetTooLong");
 
         let headers =
             |n: usize| format!("GET / HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "a: b\r\n".repeat(n - 1));
