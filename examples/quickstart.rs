@@ -24,6 +24,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 const SECRET: &str = "agent-test";
+/// The one that the README's examples of clients ask for.
+const OTHER_SECRET: &str = "db";
 /// Short, so that a value gets old while somebody watches. The agent's own default is 300 s.
 const TTL_S: u64 = 20;
 /// More than the agent takes for any reply.
@@ -51,7 +53,10 @@ fn run() -> Result<()> {
         _ => return Err(USAGE.into()),
     };
     let folder = Folder::create()?;
-    let secrets = vec![NewSecret::generic(SECRET, r#"{"user":"app","password":"correct horse"}"#)];
+    let secrets = vec![
+        NewSecret::generic(SECRET, r#"{"user":"app","password":"correct horse"}"#),
+        NewSecret::generic(OTHER_SECRET, r#"{"user":"app","password":"battery staple"}"#),
+    ];
     let kms = Emulator::start(Options { secrets, ..Options::default() })?;
     let (port, agent) = start_agent(&folder, &kms)?;
     let outcome = if once {
@@ -156,27 +161,37 @@ fn free_port() -> u16 {
 fn introduce(folder: &Folder, kms: &Emulator, port: u16) -> io::Result<()> {
     let (kms, token, config) = (kms.kms_addr(), folder.token(), folder.config());
     let (token, config, folder) = (token.display(), config.display(), folder.0.display());
+    // Clients look for the agent on its default port.
+    let variables = if port == config::Server::default().http_port {
+        format!("export KMS_TOKEN=file://{token}")
+    } else {
+        format!("export KMS_TOKEN=file://{token} KMS_AGENT=http://localhost:{port}")
+    };
     let mut out = io::stdout().lock();
     writeln!(
         out,
         "
   kms-agent      http://localhost:{port}
-  emulated KMS   https://{kms}, with the secret \"{SECRET}\"
+  emulated KMS   https://{kms}, with the secrets \"{SECRET}\" and \"{OTHER_SECRET}\"
   token file     {token}
   configuration  {config}
   log            {folder}/kms-agent.log
 
 Paste this into another terminal:
 
-  curl -i -H \"X-KMS-Token: $(cat {token})\" \\
+  curl -i --noproxy localhost -H \"X-KMS-Token: $(cat {token})\" \\
     'http://localhost:{port}/secretsmanager/get?secretId={SECRET}'; echo
 
 Twice: X-Cache says MISS (KMS was asked), then HIT (from memory, for {TTL_S} s here).
 
+For the programs in examples/clients, there as well:
+
+  {variables}
+
 Then type here:
   set VALUE   a new value. Readers get it within {TTL_S} s, or at once with &refreshNow=true
   stop        KMS goes down. After {TTL_S} s X-Cache says STALE, and the secret is still there
-  start       KMS comes back
+  start       KMS comes back. X-Cache follows at the next try, within 30 s
 Ctrl-C ends it and cleans up.
 "
     )?;

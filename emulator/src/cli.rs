@@ -228,7 +228,7 @@ fn secret(name: &str, value: &Json) -> Result<NewSecret, String> {
                 let seconds = text()?.strip_suffix('s').and_then(|s| s.parse().ok());
                 new.rotation_interval_s = Some(seconds.ok_or("RotationInterval must look like 604800s")?);
             }
-            _ => return Err(format!("unknown field {field}")),
+            _ => return Err(format!("unknown field {field}; a value that is JSON goes in as text")),
         }
     }
     Ok(new)
@@ -328,7 +328,7 @@ mod tests {
         assert_eq!(all[1].extended_config.as_deref(), Some(r#"{"SecretSubType":"SSHKey"}"#));
         assert_eq!(
             secrets_from_json(r#"{"a":{"Data":"x"}}"#),
-            Err("secret a: unknown field Data".to_owned())
+            Err("secret a: unknown field Data; a value that is JSON goes in as text".to_owned())
         );
     }
 }

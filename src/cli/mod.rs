@@ -43,7 +43,7 @@ Options:
   -V, --version        print the version
 
 An application asks
-  curl -H \"X-KMS-Token: $(cat /var/run/kmstoken)\" \\
+  curl --noproxy localhost -H \"X-KMS-Token: $(cat /var/run/kmstoken)\" \\
        'http://localhost:2025/secretsmanager/get?secretId=NAME'
 ";
 
