@@ -88,14 +88,22 @@ for flag in $flags; do
     eval "given_$(lower "$flag")=\${KMS_AGENT_$(upper "$flag"):-}"
 done
 
+must_be_option() {
+    case " app-user config binary root$flags" in
+        *" $1 "*) ;;
+        *) misused "unknown option --$1" ;;
+    esac
+}
+
 while [ $# -gt 0 ]; do
     flag=${1#--}
     case $1 in
         --help | -h) usage; exit 0 ;;
         --no-check) no_check=1; shift; continue ;;
         --no-start) no_start=1; shift; continue ;;
-        --*=*) value=${flag#*=} flag=${flag%%=*}; shift ;;
+        --*=*) value=${flag#*=} flag=${flag%%=*}; must_be_option "$flag"; shift ;;
         --*)
+            must_be_option "$flag"
             [ $# -gt 1 ] || misused "--$flag needs a value"
             value=$2
             shift 2
@@ -107,12 +115,7 @@ while [ $# -gt 0 ]; do
         config) config_from=$value ;;
         binary) binary_from=$value ;;
         root) root=$value ;;
-        *)
-            case $flags in
-                *" $flag "*) eval "given_$(lower "$flag")=\$value" ;;
-                *) misused "unknown option --$flag" ;;
-            esac
-            ;;
+        *) eval "given_$(lower "$flag")=\$value" ;;
     esac
 done
 
@@ -298,7 +301,18 @@ done <"$stage/settings"
 # The agent itself is the judge of its configuration: 2 is its exit code for a wrong one.
 code=0
 problems=$("$binary_from" status --config "$stage/config.toml" 2>&1) || code=$?
-[ "$code" != 2 ] || fail "the configuration is wrong, nothing was changed: $problems"
+if [ "$code" = 2 ]; then
+    # A file that will be gone tells nobody anything: what is wrong is the option, or the installed configuration.
+    problems=${problems#*:*:}
+    named=''
+    while read -r flag section key _; do
+        [ -n "$flag" ] || continue
+        eval "value=\$given_$(lower "$flag")"
+        case ${value:+$problems} in *"[$section] $key"*) named="$named --$flag" ;; esac
+    done <"$stage/settings"
+    [ -z "$named" ] || misused "refused:$named; nothing was changed:$problems"
+    fail "the configuration is wrong, nothing was changed:$problems"
+fi
 
 port=$(read_key HttpPort "$stage/config.toml")
 port=${port:-2025}

@@ -237,11 +237,12 @@ fn what_is_wrong_is_said_before_anything_is_touched() {
         (&["--ttl", "soon"][..], 2, "--ttl soon: a number is wanted"),
         (&["--region", "a\"b"], 2, "--region: no quotes"),
         (&["--region"], 2, "--region needs a value"),
+        (&["--foo"], 2, "unknown option --foo"),
         (&["--cache", "1"], 2, "unknown option --cache"),
         (&["now"], 2, "unexpected argument now"),
         (&["--config", "/no/such/file"], 2, "no such file"),
         (&["--ca-file", "/no/such/file"], 2, "cannot read it"),
-        (&["--max-conn", "5000"], 1, "MaxConn"),
+        (&["--max-conn", "5000"], 2, "refused: --max-conn; nothing was changed:\n  line"),
         (&["--binary", not_a_binary.to_str().unwrap()], 1, "does not run here"),
         (&["--config", several_lines.to_str().unwrap(), "--ssrf-headers", "X-B"], 1, "spans several lines"),
     ] {
