@@ -80,7 +80,7 @@ impl Source {
     /// The first of `variables` that is set wins: it holds the token, or `file:///path`.
     ///
     /// # Errors
-    /// When its value can be neither.
+    /// When its value can be neither, or is the bare path of something that exists.
     pub fn find(variables: &[String], env: &dyn Fn(&str) -> Option<OsString>) -> Result<Source, TokenError> {
         let Some((name, value)) = variables.iter().find_map(|name| env(name).map(|value| (name, value)))
         else {
@@ -96,6 +96,13 @@ impl Source {
             }
             None if value.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("file:")) => {
                 Err(TokenError::Variable(name.clone(), "a file is written file:///path, in lower case"))
+            }
+            // A token that everybody can guess, and surely not what was meant.
+            None if value.starts_with('/') && Path::new(value.trim_end()).exists() => {
+                Err(TokenError::Variable(
+                    name.clone(),
+                    "its value is the path of a file; a file is written file:///path",
+                ))
             }
             None => match parse(value.as_bytes()) {
                 Ok(token) => Ok(Source::Value { variable: name.clone(), token }),
@@ -365,6 +372,12 @@ mod tests {
         assert!(with(Some("file:/p"), None).is_err() && with(Some("FILE:///p"), None).is_err());
         assert!(with(Some("a\tb"), None).is_err());
         assert!(with(Some("file://p"), None).unwrap_err().to_string().contains("absolute path"));
+        let bare_path = with(Some("/dev/null\n"), None).unwrap_err().to_string();
+        assert!(
+            bare_path.starts_with("environment variable A: ") && bare_path.contains("file:///path"),
+            "{bare_path}"
+        );
+        assert!(with(Some("/no/such/file"), None).unwrap().read().unwrap().ct_eq(b"/no/such/file"));
     }
 
     fn token_in(path: &Path) -> Secret {

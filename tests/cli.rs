@@ -119,7 +119,9 @@ fn get_prints_what_kms_has() {
 fn get_says_why_not() {
     let emulator = emulator(&[("db", DB), ("plain", "hush")]);
     let mut world = World::new(Setup::new(&emulator));
-    world.run(&["get", "nothing"]).fails(1, "404 Forbidden.ResourceNotFound: ");
+    let done = world.run(&["get", "nothing"]);
+    done.fails(1, "kms-agent: nothing: 404 Forbidden.ResourceNotFound: ");
+    done.fails(1, "; 'kms-agent check --secret nothing' tells more\n");
     world.run(&["get", "db", "--field", "nothing"]).fails(1, "no field \"nothing\"");
     let done = world.run(&["get", "plain", "--field", "x"]);
     done.fails(1, "no JSON object");
@@ -520,6 +522,19 @@ fn check_tells_more_than_the_eight() {
     emulator.set_metadata_fault(Some(MetadataFault::Status500)).unwrap();
     failed(&ask("db"), "metadata", "answers 500");
     emulator.set_metadata_fault(None).unwrap();
+
+    // Something that is no metadata service at its address.
+    let stranger = Squatter::start("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
+    let address = format!("http://127.0.0.1:{}", stranger.port);
+    let elsewhere = Setup::new(&emulator).text("KMS", "MetadataEndpoint", &address);
+    let done = check(&elsewhere, &token_of(&elsewhere), &[], &[]);
+    failed(&done, "metadata", "answers 404 to everything: is this an ECS instance?");
+
+    // An access key that nobody renews.
+    let mut gone = world.command(&["check"]);
+    gone.env("ALIBABA_CLOUD_ACCESS_KEY_ID", "gone").env("ALIBABA_CLOUD_ACCESS_KEY_SECRET", "x");
+    failed(&finish(&mut gone), "permission", "replace the access key in the environment");
+
     let no_ca = Setup::new(&emulator).text("KMS", "CaFile", "/nowhere/ca.pem");
     failed(&check(&no_ca, &token_of(&no_ca), &[], &[]), "TLS", "CaFile /nowhere/ca.pem: cannot read it");
 

@@ -77,7 +77,9 @@ pub fn main(options: Options) -> u8 {
         Ok(loaded) => loaded,
         Err(exit_code) => return exit_code,
     };
-    let wanted = Agent::of(&loaded.config).and_then(|agent| find(&agent, &options));
+    let wanted = Agent::of(&loaded.config).and_then(|agent| {
+        find(&agent, &options).map_err(|message| format!("{}: {message}", options.question.id))
+    });
     match wanted {
         Ok(mut value) => {
             if stdout().is_terminal() && !value.ends_with(b"\n") {

@@ -219,7 +219,16 @@ impl<'a> Agent<'a> {
     /// Why there is none, in one line.
     pub(super) fn ask(&self, question: &Question) -> Result<Zeroizing<Vec<u8>>, String> {
         let reply = self.get(&target(question), SECRET_MAX).map_err(|error| error.to_string())?;
-        if reply.status == 200 { Ok(reply.body) } else { Err(self.refusal(&reply)) }
+        match reply.status {
+            200 => Ok(reply.body),
+            // These have nothing to do with the secret.
+            _ if is_token_refusal(&reply) || is_busy(&reply) => Err(self.refusal(&reply)),
+            _ => Err(format!(
+                "{}; 'kms-agent check --secret {}' tells more",
+                self.refusal(&reply),
+                question.id
+            )),
+        }
     }
 
     /// Why the agent gave something else than was asked for.

@@ -14,7 +14,7 @@ use crate::random::Random;
 use crate::secret::Secret;
 use crate::server::{Host, Parts, Server, TokenSource};
 use crate::time::Mono;
-use crate::token::{self, Source, Watch};
+use crate::token::{self, Source, TokenError, Watch};
 use rustix::process::{Resource, Rlimit};
 use rustls::ClientConfig;
 use std::ffi::OsString;
@@ -242,11 +242,25 @@ fn find_token(
         match token::create_if_missing(path, random) {
             Ok(true) => log::info!("token file {} created", path.display()),
             Ok(false) => {}
-            Err(error) => return Err(StartError::Failed(error.to_string())),
+            Err(error) => return Err(StartError::Failed(cannot_create(&error, config))),
         }
     }
     let token = source.read().map_err(|error| StartError::Failed(error.to_string()))?;
     Ok((source, token))
+}
+
+/// What to do where the default file, in a folder of root's, cannot be made.
+fn cannot_create(error: &TokenError, config: &Config) -> String {
+    match error {
+        TokenError::Create(_, reason) if reason.kind() == io::ErrorKind::PermissionDenied => {
+            let variable = config.server.ssrf_env_variables.first().map_or("KMS_TOKEN", String::as_str);
+            format!(
+                "{error}; start as root, or make one with 'kms-agent token create --file FILE' and set \
+                 {variable}=file:///path/FILE"
+            )
+        }
+        error => error.to_string(),
+    }
 }
 
 pub(super) fn client_config(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, StartError> {

@@ -12,7 +12,7 @@ use crate::time::{Mono, Now};
 use std::rc::Rc;
 
 /// What the log calls it.
-pub(super) const NAME: &str = "the access key in the environment";
+pub(crate) const NAME: &str = "the access key in the environment";
 
 const ID: &str = "ALIBABA_CLOUD_ACCESS_KEY_ID";
 const SECRET: &str = "ALIBABA_CLOUD_ACCESS_KEY_SECRET";

@@ -108,7 +108,7 @@ impl fmt::Display for IdentityError {
                     error => write!(f, "{error}")?,
                 }
                 f.write_str(
-                    "; it is asked for the region as neither [KMS] Region nor Endpoint is set: set one where it cannot tell",
+                    "; it is asked for the region as neither [KMS] Region nor Endpoint is set: set [KMS] Region",
                 )
             }
             IdentityError::Everyone(errors) => {

@@ -7,7 +7,7 @@ use crate::cli::{run, status};
 use crate::config::{Config, ENDPOINT_PORT, HostPort, METADATA_PORT};
 use crate::conn::tls;
 use crate::http::response::Response;
-use crate::identity::Standing;
+use crate::identity::{Asked, IdentityError, Standing, environment};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::request;
 use crate::kms::sign::Credentials;
@@ -32,7 +32,9 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
     let prober = Prober::new(tls);
     let metadata = ask_metadata(&prober, &config.kms.metadata_endpoint);
     let who = fetch_credentials(&prober, config, &mut random);
-    tell_metadata(config, &metadata, &who, report);
+    let is_no_ecs = matches!(&metadata, Ok(reply) if reply.status == 404)
+        && knows_no_region(&prober, &config.kms.metadata_endpoint);
+    tell_metadata(config, &metadata, is_no_ecs, &who, report);
     tell_credentials(&metadata, &who, &prober, report);
 
     let metadata_clock = metadata.as_ref().ok().map(|reply| skew(reply.date_unix_s, &prober));
@@ -40,7 +42,7 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
         for step in ["DNS", "TCP", "TLS"] {
             report.skipped(
                 step,
-                "where KMS is, is not known: neither [KMS] Endpoint nor Region is set, nor learned",
+                "where KMS is, is not known: neither [KMS] Endpoint nor Region is set, nor learned: set [KMS] Region",
             );
         }
         tell_clock(metadata_clock.flatten(), "the metadata service", report);
@@ -65,7 +67,7 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
             reply = reply::parse(asking.id, response, unix_s);
         }
     }
-    asking.tell_permission(reply, report);
+    asking.tell_permission(reply, who.name, report);
 }
 
 /// Seconds that this host is ahead of a reply's `Date`.
@@ -89,6 +91,8 @@ struct Who {
 struct Nobody {
     why: String,
     for_want_of_metadata: bool,
+    /// The metadata service was asked, and did not give what was needed.
+    metadata_failed: bool,
 }
 
 /// Runs the agent's own credential fetch to its first end.
@@ -96,7 +100,8 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> W
     let mut identity = match run::identity(config, &|name| std::env::var_os(name), random) {
         Ok(identity) => identity,
         Err(error) => {
-            let nobody = Nobody { why: error.to_string(), for_want_of_metadata: false };
+            let nobody =
+                Nobody { why: error.to_string(), for_want_of_metadata: false, metadata_failed: false };
             return Who { credentials: Err(nobody), name: "nobody", region: None, clock_offset_s: 0 };
         }
     };
@@ -108,6 +113,7 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> W
                 break Err(Nobody {
                     why: error.to_string(),
                     for_want_of_metadata: error.is_for_want_of_metadata(),
+                    metadata_failed: is_of_metadata(error),
                 });
             }
             Standing::Pending => {}
@@ -128,6 +134,15 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> W
     }
 }
 
+/// Whether the metadata service was asked in vain.
+fn is_of_metadata(error: &IdentityError) -> bool {
+    match error {
+        IdentityError::Service(Asked::Metadata, _) | IdentityError::Region(_) => true,
+        IdentityError::Everyone(errors) => errors.iter().any(|(_, error)| is_of_metadata(error)),
+        IdentityError::Service(..) | IdentityError::TokenFile(..) => false,
+    }
+}
+
 /// Asks for a session token, as each conversation with the service begins: any answer shows that it is there.
 fn ask_metadata(prober: &Prober, origin: &HostPort) -> Result<Response, CallError> {
     let write = &mut |out: &mut Vec<u8>| {
@@ -142,22 +157,49 @@ fn ask_metadata(prober: &Prober, origin: &HostPort) -> Result<Response, CallErro
     prober.call(Service::Metadata, origin, write).result
 }
 
-fn tell_metadata(config: &Config, answer: &Result<Response, CallError>, who: &Who, report: &mut Report) {
+/// Whether a plain question for the region, which every instance can tell, is answered 404, too: a metadata service
+/// may be older than session tokens, but this is none.
+fn knows_no_region(prober: &Prober, origin: &HostPort) -> bool {
+    let write = &mut |out: &mut Vec<u8>| {
+        let host = origin.authority(METADATA_PORT);
+        let _ = write!(out, "GET /latest/meta-data/region-id HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        Ok(())
+    };
+    prober.call(Service::Metadata, origin, write).result.is_ok_and(|reply| reply.status == 404)
+}
+
+fn tell_metadata(
+    config: &Config,
+    answer: &Result<Response, CallError>,
+    is_no_ecs: bool,
+    who: &Who,
+    report: &mut Report,
+) {
     const STEP: &str = "metadata";
     let origin = &config.kms.metadata_endpoint;
     let what = match answer {
         Ok(reply) if reply.status == 200 => {
             return report.ok(STEP, format_args!("{origin} gives session tokens"));
         }
+        Ok(_) if is_no_ecs => format!("{origin} answers 404 to everything: is this an ECS instance?"),
         Ok(reply) if reply.status < 500 => {
             return report.ok(STEP, format_args!("{origin} answers (session tokens: {})", reply.status));
         }
         Ok(reply) => format!("{origin} answers {}", reply.status),
         Err(error) => error.to_string(),
     };
-    let is_needed = who.credentials.as_ref().is_err_and(|nobody| nobody.for_want_of_metadata);
+    let is_needed = who
+        .credentials
+        .as_ref()
+        .is_err_and(|nobody| nobody.for_want_of_metadata || is_no_ecs && nobody.metadata_failed);
     if !is_needed && endpoint(config, who).is_some() {
         return report.ok(STEP, format_args!("not needed with this configuration ({what})"));
+    }
+    if is_no_ecs {
+        return report.failed(
+            STEP,
+            format_args!("{what} If so, look at [KMS] MetadataEndpoint; elsewhere use another identity"),
+        );
     }
     report.failed(
         STEP,
@@ -301,7 +343,7 @@ impl Asking<'_> {
         prober.call(Service::Kms, self.endpoint, &mut write)
     }
 
-    fn tell_permission(&self, reply: Reply, report: &mut Report) {
+    fn tell_permission(&self, reply: Reply, who: &str, report: &mut Report) {
         const STEP: &str = "permission";
         let id = self.id;
         match reply {
@@ -311,10 +353,20 @@ impl Asking<'_> {
                 "KMS accepts the credentials and says that a made-up secret does not exist; --secret ID looks at one",
             ),
             Reply::Refused(error) => report.failed(STEP, format_args!("{error}. {}", self.advice(&error))),
-            Reply::CredentialsRefused(error) => report.failed(
-                STEP,
-                format_args!("KMS does not know these credentials: {error}. They have ended or were revoked"),
-            ),
+            Reply::CredentialsRefused(error) => {
+                // Nobody renews these.
+                let advice = if who == environment::NAME {
+                    "; replace the access key in the environment and start the agent anew"
+                } else {
+                    ""
+                };
+                report.failed(
+                    STEP,
+                    format_args!(
+                        "KMS does not know these credentials: {error}. They have ended or were revoked{advice}"
+                    ),
+                );
+            }
             Reply::SignatureRefused(error) => report.failed(
                 STEP,
                 format_args!("KMS does not accept the signature: {error}. Is the access key's secret the right one?"),
