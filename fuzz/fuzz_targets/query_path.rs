@@ -12,7 +12,8 @@ use libfuzzer_sys::fuzz_target;
 /// A route that can be kept: a secret's question without its borrows.
 #[derive(Clone, Debug, PartialEq)]
 enum Answer {
-    Ping,
+    /// A route that is one path and nothing else.
+    Fixed(&'static str),
     Secret {
         id: String,
         version_id: Option<String>,
@@ -43,7 +44,9 @@ fn answer(target: &str, response_type: ResponseType) -> Option<Answer> {
         let Parsed::Request(request, _) = parse(head.as_bytes(), &mut room) else { return None };
         let server = AGENT.servers.iter().find(|server| server.response_type == response_type)?;
         Some(match gate::pass(&request, server, &AGENT.token, false) {
-            Ok(Route::Ping) => Answer::Ping,
+            Ok(Route::Ping) => Answer::Fixed("/ping"),
+            Ok(Route::Metrics) => Answer::Fixed("/metrics"),
+            Ok(Route::Status) => Answer::Fixed("/status"),
             Ok(Route::Secret(question)) => question.into(),
             Err(denial) => Answer::Denied(denial),
         })
@@ -69,7 +72,11 @@ fuzz_target!(|bytes: &[u8]| {
         let kind = server.response_type;
         match answer(&target, kind) {
             None => assert!(target.len() > 8000, "{target}"),
-            Some(Answer::Ping) => assert!(target == "/ping" || target.starts_with("/ping?")),
+            Some(Answer::Fixed(path)) => {
+                assert!(
+                    target.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('?'))
+                );
+            }
             Some(Answer::Denied(denial)) => {
                 assert!(is_printable(&denial.message) && denial.message.len() <= 512);
                 assert!(matches!(denial.code, "InvalidParameter" | "NotFound"), "{denial:?}");
