@@ -89,17 +89,7 @@ impl Prober {
                 }
                 Step::SendRequest => {
                     outcome.secured = true;
-                    let mut bytes = Vec::new();
-                    let written = request(&mut bytes);
-                    let next = match written {
-                        Ok(()) => {
-                            conn.send(&bytes);
-                            Step::Wait
-                        }
-                        Err(error) => conn.give_up(error),
-                    };
-                    bytes.zeroize();
-                    next
+                    conn.request(&mut *request)
                 }
                 Step::Wait => match &mut socket {
                     Some(stream) => self.exchange(&mut conn, stream),

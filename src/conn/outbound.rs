@@ -173,6 +173,21 @@ impl Outbound {
         }
     }
 
+    /// Sends the request that `write` makes. If it can make none, the call ends with its error, and the connection
+    /// with it.
+    pub fn request(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), CallError>) -> Step {
+        let mut bytes = Vec::new();
+        let step = match write(&mut bytes) {
+            Ok(()) => {
+                self.send(&bytes);
+                Step::Wait
+            }
+            Err(error) => self.give_up(error),
+        };
+        bytes.zeroize();
+        step
+    }
+
     /// Takes a request to be sent.
     pub fn send(&mut self, request: &[u8]) {
         match &mut self.wire {
@@ -185,8 +200,7 @@ impl Outbound {
         self.fill_pending();
     }
 
-    /// The request cannot be made: its call ends with this, the connection with it.
-    pub fn give_up(&mut self, error: CallError) -> Step {
+    fn give_up(&mut self, error: CallError) -> Step {
         match self.take_call() {
             Some(call) => Step::Failed(call, error),
             None => Step::Closed,

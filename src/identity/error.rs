@@ -1,5 +1,6 @@
 //! Why there are no credentials, told for the person who has to do something about it.
 
+use crate::call::CallError;
 use crate::config::HostPort;
 use std::fmt;
 use std::path::PathBuf;
@@ -67,6 +68,12 @@ pub enum Problem {
 }
 
 impl IdentityError {
+    /// A question that brought no reply.
+    #[must_use]
+    pub fn unreachable(asked: Asked, error: &CallError) -> IdentityError {
+        IdentityError::Service(asked, Problem::Unreachable(error.message.clone()))
+    }
+
     /// Whether it is that the metadata service cannot be reached, or fails as a whole.
     #[must_use]
     pub fn is_for_want_of_metadata(&self) -> bool {

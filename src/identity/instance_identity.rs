@@ -95,9 +95,7 @@ impl Provider for InstanceIdentity {
         now: Now,
     ) -> Result<Progress, IdentityError> {
         if let Some(identity) = self.identity.take() {
-            let unreachable = |error: &CallError| Problem::Unreachable(error.message.clone());
-            let response =
-                answer.map_err(|it| IdentityError::Service(Asked::AccessPoint, unreachable(it)))?;
+            let response = answer.map_err(|it| IdentityError::unreachable(Asked::AccessPoint, it))?;
             return reply::nested(Asked::AccessPoint, response, &identity, now.unix_s).map(Progress::Done);
         }
         let Some(response) = shared.metadata.on_answer(answer, now.mono)? else {

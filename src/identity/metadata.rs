@@ -106,7 +106,7 @@ impl Metadata {
         let response = match answer {
             // Something that is there and does not speak tokens, or drops what is no GET: plain GETs may do.
             Err(error) if asked_token && error.reached => return self.fall_back(&error.message),
-            Err(error) => return Err(problem(Problem::Unreachable(error.message.clone()))),
+            Err(error) => return Err(IdentityError::unreachable(Asked::Metadata, error)),
             Ok(response) => response,
         };
         match response.status {

@@ -3,7 +3,7 @@
 
 use super::chain::{Env, NotConfigured};
 use super::provider::{Progress, Provider, Question, Shared, post_form};
-use super::{Asked, IdentityError, Problem, reply};
+use super::{Asked, IdentityError, reply};
 use crate::call::{CallError, Service};
 use crate::config::{self, HostPort};
 use crate::http::percent;
@@ -144,8 +144,7 @@ impl Provider for Oidc {
         now: Now,
     ) -> Result<Progress, IdentityError> {
         let token = std::mem::replace(&mut self.token, Secret::from(""));
-        let unreachable = |error: &CallError| Problem::Unreachable(error.message.clone());
-        let response = answer.map_err(|error| IdentityError::Service(Asked::Sts, unreachable(error)))?;
+        let response = answer.map_err(|error| IdentityError::unreachable(Asked::Sts, error))?;
         reply::nested(Asked::Sts, response, &token, now.unix_s).map(Progress::Done)
     }
 }

@@ -81,7 +81,7 @@ impl Provider for CredentialsUri {
     ) -> Result<Progress, IdentityError> {
         let asked = || Asked::CredentialsUri(HostPort::clone(&self.question.origin));
         let error = |problem| IdentityError::Service(asked(), problem);
-        let response = answer.map_err(|it| error(Problem::Unreachable(it.message.clone())))?;
+        let response = answer.map_err(|it| IdentityError::unreachable(asked(), it))?;
         match response.status {
             200 => reply::flat(asked(), &response.body, now.unix_s).map(Progress::Done),
             status => Err(error(Problem::Status(status))),

@@ -204,12 +204,8 @@ impl<N: Net> Server<N> {
             }
             let piece = self.scratch.get_mut(..READ_BYTES).unwrap_or_default();
             match self.net.read(token, piece) {
-                Ok(0) => {
-                    conn.half_closed = true;
-                    // Whoever is owed a reply may still be reading.
-                    return matches!(conn.state, State::Waiting { .. } | State::Paused { .. })
-                        || conn.unsent.is_some();
-                }
+                // Who is owed a reply is not read: nobody is left who waits for one.
+                Ok(0) => return false,
                 Ok(count) => {
                     let drained = count < READ_BYTES;
                     if !self.on_bytes(token, conn, count, conn.end_ahead && drained) {
@@ -301,7 +297,6 @@ impl<N: Net> Server<N> {
 
     /// Leaves no secret in the reply scratch.
     pub(super) fn wipe_out(&mut self) {
-        self.out.clear();
         self.out.resize(self.out_used, 0);
         self.out.as_mut_slice().zeroize();
         self.out.clear();

@@ -8,7 +8,6 @@ use crate::time::Mono;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
-use zeroize::Zeroize as _;
 
 /// Looked-up addresses are used again for so long; a failed connect forgets them at once.
 const ADDRESSES_LIFE: Duration = Duration::from_secs(60);
@@ -193,17 +192,7 @@ impl<N: Net> Server<N> {
 
     fn write_request(&mut self, conn: &mut Outbound) -> Step {
         let Some(call) = conn.call().cloned() else { return Step::Wait };
-        let mut request = Vec::new();
-        let written = self.broker.write_request(&call, self.now, &mut request);
-        let step = match written {
-            Ok(()) => {
-                conn.send(&request);
-                Step::Wait
-            }
-            Err(error) => conn.give_up(error),
-        };
-        request.zeroize();
-        step
+        conn.request(|out| self.broker.write_request(&call, self.now, out))
     }
 
     fn flush_outbound(&mut self, token: Token, conn: &mut Outbound) -> io::Result<()> {
