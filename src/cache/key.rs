@@ -34,10 +34,11 @@ impl<'a> KeyRef<'a> {
     /// A key of its own.
     #[must_use]
     pub fn to_owned(self) -> Key {
+        let is_usual = self == KeyRef::current(self.id);
         Key {
             id: self.id.into(),
             version_id: self.version_id.map(Into::into),
-            version_stage: self.version_stage.map(Into::into),
+            version_stage: self.version_stage.filter(|_| !is_usual).map(Into::into),
         }
     }
 }
@@ -47,6 +48,7 @@ impl<'a> KeyRef<'a> {
 pub struct Key {
     id: Box<str>,
     version_id: Option<Box<str>>,
+    /// `None` for the usual one, which is not worth a block of memory in every entry.
     version_stage: Option<Box<str>>,
 }
 
@@ -61,11 +63,7 @@ impl Key {
     /// The borrowed form.
     #[must_use]
     pub fn as_ref(&self) -> KeyRef<'_> {
-        KeyRef {
-            id: &self.id,
-            version_id: self.version_id.as_deref(),
-            version_stage: self.version_stage.as_deref(),
-        }
+        KeyRef::new(&self.id, self.version_id.as_deref(), self.version_stage.as_deref())
     }
 
     /// Bytes of text it holds.
@@ -85,5 +83,11 @@ mod tests {
         assert_eq!(KeyRef::new("db", None, None), KeyRef::new("db", None, Some("ACSCurrent")));
         assert_ne!(KeyRef::new("db", Some("1"), None), KeyRef::new("db", Some("1"), Some("ACSCurrent")));
         assert_ne!(KeyRef::new("db", None, Some("ACSPrevious")), KeyRef::current("db"));
+        for (id, stage) in
+            [(None, None), (None, Some("ACSPrevious")), (Some("1"), None), (Some("1"), Some("ACSCurrent"))]
+        {
+            let key = KeyRef::new("db", id, stage);
+            assert_eq!(key.to_owned().as_ref(), key);
+        }
     }
 }

@@ -2,9 +2,14 @@
 
 use crate::net::Token;
 
+/// Empty slots that are kept for the next tenants.
+const SPARE_SLOTS: usize = 32;
+
 #[derive(Debug)]
 struct Slot<T> {
     generation: u32,
+    /// Somebody's, also while the tenant is out for a moment.
+    reserved: bool,
     tenant: Option<T>,
 }
 
@@ -15,11 +20,13 @@ pub(super) struct Slab<T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
     len: usize,
+    /// Of the token given last: one count for all slots, since slots come and go.
+    generation: u32,
 }
 
 impl<T> Slab<T> {
     pub(super) const fn new(base: u32) -> Slab<T> {
-        Slab { base, slots: Vec::new(), free: Vec::new(), len: 0 }
+        Slab { base, slots: Vec::new(), free: Vec::new(), len: 0, generation: 0 }
     }
 
     /// Tenants, those taken out for a moment included.
@@ -31,11 +38,14 @@ impl<T> Slab<T> {
     /// [`Slab::vacate`].
     pub(super) fn reserve(&mut self) -> Token {
         self.len += 1;
+        let generation = self.next_generation();
         let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { generation: 0, tenant: None });
+            self.slots.push(Slot { generation, reserved: true, tenant: None });
             u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
         });
-        let generation = self.slots.get(index as usize).map_or(0, |slot| slot.generation);
+        if let Some(slot) = self.slots.get_mut(index as usize) {
+            (slot.generation, slot.reserved) = (generation, true);
+        }
         Token { slot: self.base + index, generation }
     }
 
@@ -54,11 +64,25 @@ impl<T> Slab<T> {
     /// Its slot is free from now on, its token void.
     pub(super) fn vacate(&mut self, token: Token) {
         if let Some(slot) = self.slot(token) {
-            // Stays below 2^31, so that no packed token is one of the loop's own names.
-            slot.generation = (slot.generation + 1) & 0x7fff_ffff;
-            slot.tenant = None;
+            (slot.reserved, slot.tenant) = (false, None);
             self.len -= 1;
             self.free.push(token.slot - self.base);
+            self.trim();
+        }
+    }
+
+    /// Gives memory back after a burst: the free slots at the end, once they are most of all.
+    fn trim(&mut self) {
+        let worth_it = |used: usize| self.slots.capacity() > 4 * (used + SPARE_SLOTS);
+        if !worth_it(self.len) {
+            return;
+        }
+        let used = self.slots.iter().rposition(|slot| slot.reserved).map_or(0, |last| last + 1);
+        if worth_it(used) {
+            self.slots.truncate(used);
+            self.slots.shrink_to(used + SPARE_SLOTS);
+            self.free.retain(|index| (*index as usize) < used);
+            self.free.shrink_to(used + SPARE_SLOTS);
         }
     }
 
@@ -76,18 +100,25 @@ impl<T> Slab<T> {
 
     /// A new token for the same tenant; the old one is void.
     pub(super) fn renew(&mut self, token: Token) -> Token {
+        let generation = self.next_generation();
         match self.slot(token) {
             Some(slot) => {
-                slot.generation = (slot.generation + 1) & 0x7fff_ffff;
-                Token { slot: token.slot, generation: slot.generation }
+                slot.generation = generation;
+                Token { slot: token.slot, generation }
             }
             None => token,
         }
     }
 
+    /// Stays below 2^31, so that no packed token is one of the loop's own names.
+    fn next_generation(&mut self) -> u32 {
+        self.generation = (self.generation + 1) & 0x7fff_ffff;
+        self.generation
+    }
+
     fn slot(&mut self, token: Token) -> Option<&mut Slot<T>> {
         let index = token.slot.checked_sub(self.base)? as usize;
-        self.slots.get_mut(index).filter(|slot| slot.generation == token.generation)
+        self.slots.get_mut(index).filter(|slot| slot.reserved && slot.generation == token.generation)
     }
 }
 
@@ -112,5 +143,31 @@ mod tests {
         let third = slab.renew(second);
         assert_eq!((slab.get(second), slab.get(third)), (None, Some(&'b')));
         assert_eq!(slab.iter().collect::<Vec<_>>(), [(third, &'b')]);
+    }
+
+    #[test]
+    fn a_burst_gives_its_memory_back() {
+        let mut slab = Slab::new(10);
+        let tokens: Vec<Token> = (0..1000).map(|_| slab.reserve()).collect();
+        for token in &tokens {
+            slab.put(*token, token.slot);
+        }
+        // Out for a moment when the others go: its slot must stay.
+        assert_eq!(slab.take(tokens[40]), Some(50));
+        for token in tokens.iter().filter(|token| **token != tokens[40]).rev() {
+            slab.vacate(*token);
+        }
+        assert!(slab.slots.capacity() <= 4 * (41 + SPARE_SLOTS), "{}", slab.slots.capacity());
+        slab.put(tokens[40], 51);
+        assert_eq!((slab.get(tokens[40]), slab.len()), (Some(&51), 1));
+        // Every slot is given out once, and no old token reaches a new tenant.
+        let anew: Vec<Token> = (0..999).map(|_| slab.reserve()).collect();
+        let mut slots: Vec<u32> = anew.iter().chain([&tokens[40]]).map(|token| token.slot).collect();
+        slots.sort_unstable();
+        assert_eq!(slots, (10..1010).collect::<Vec<_>>());
+        for token in &anew {
+            slab.put(*token, 0);
+        }
+        assert!(tokens.iter().filter(|token| **token != tokens[40]).all(|token| slab.get(*token).is_none()));
     }
 }
