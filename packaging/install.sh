@@ -2,6 +2,10 @@
 # Installs kms-agent on this host, or upgrades it. Asks nothing, needs no network, and may be run again at any time.
 # POSIX sh, coreutils and util-linux (and systemd). 'install.sh --help' has the options.
 set -eu
+# Whoever calls this: folders that others can enter, no output of 'cd', tools of root's that a short PATH leaves out.
+umask 022
+unset CDPATH
+export LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/sbin:/sbin"
 
 home=/usr/local/alibabacloudkmsagent
 unit_dir=/etc/systemd/system
@@ -15,8 +19,8 @@ ping_seconds=15
 settings='
 http-port Server HttpPort number port on 127.0.0.1 and [::1] (2025)
 max-conn Server MaxConn number connections at a time (800)
-ssrf-headers Server SSRFHeaders list headers that may carry the token, A,B
-ssrf-env Server SSRFEnvVariables list environment variables for the token, A,B
+ssrf-headers Server SSRFHeaders list headers that may carry the token
+ssrf-env Server SSRFEnvVariables list environment variables for the token
 memory-limit Cache CacheSize number cached secrets (1000)
 ttl Cache TTLSeconds number seconds that a value is fresh (300)
 region KMS Region text region id (asked of the metadata service)
@@ -37,19 +41,21 @@ Installs kms-agent to $home, or upgrades what is there: the
 configuration is kept, only keys given here are changed; if the new version does not
 answer, the old one comes back.
 
-Each option may be given as a variable instead: --http-port as KMS_AGENT_HTTP_PORT.
+Each option may be given as a variable instead: --http-port as KMS_AGENT_HTTP_PORT, and
+--no-check as KMS_AGENT_NO_CHECK=1. An empty variable is none.
 
 END
     echo "$settings" | while read -r flag section key kind meaning; do
-        [ -z "$flag" ] || printf '  --%-14s %s\n' "$flag" "$meaning"
+        case $kind in number) value=N ;; list) value=A,B ;; file) value=FILE ;; *) value=TEXT ;; esac
+        [ -z "$flag" ] || printf '  --%-19s %s\n' "$flag $value" "$meaning"
     done
     cat <<END
-  --app-user       users that may read the token, A,B: they join the group $token_group
-  --config         a whole config.toml to install instead of the sample
-  --binary         the binary (kms-agent beside this script)
-  --no-check       do not run 'kms-agent check' at the end
-  --no-start       install, and leave starting to others
-  --root           put the files below this folder, and do nothing else
+  --app-user A,B        users that may read the token: they join the group $token_group
+  --config FILE         a whole config.toml to install instead of the sample
+  --binary FILE         the binary (kms-agent beside this script)
+  --no-check            do not run 'kms-agent check' at the end
+  --no-start            install, and leave starting to others
+  --root DIR            put the files below this folder, and do nothing else
 
 Exit codes: 0 installed, 1 failed (an upgrade was rolled back), 2 wrong usage,
 3 installed and running, but 'kms-agent check' found something.
@@ -74,13 +80,22 @@ have() { command -v "$1" >/dev/null 2>&1; }
 lower() { printf %s "$1" | tr - _; }
 upper() { printf %s "$1" | tr a-z- A-Z_; }
 
+# A switch's variable as a switch: 1 or nothing.
+switch() {
+    case $2 in
+        '' | 0 | no | false) ;;
+        1 | yes | true) echo 1 ;;
+        *) misused "$1=$2: 1 or 0 is wanted" ;;
+    esac
+}
+
 # ---- Arguments ----
 
 app_user=${KMS_AGENT_APP_USER:-}
 config_from=${KMS_AGENT_CONFIG:-}
 binary_from=${KMS_AGENT_BINARY:-}
-no_check=${KMS_AGENT_NO_CHECK:-}
-no_start=${KMS_AGENT_NO_START:-}
+no_check=$(switch KMS_AGENT_NO_CHECK "${KMS_AGENT_NO_CHECK:-}")
+no_start=$(switch KMS_AGENT_NO_START "${KMS_AGENT_NO_START:-}")
 root=${KMS_AGENT_ROOT:-}
 flags=$(echo "$settings" | cut -d ' ' -f 1)
 flags=" $(printf %s "$flags" | tr '\n' ' ') "
@@ -110,6 +125,8 @@ while [ $# -gt 0 ]; do
             ;;
         *) misused "unexpected argument $1" ;;
     esac
+    # Not "none": '--root "$unset"' must not install on this host.
+    [ -n "$value" ] || misused "--$flag needs a value"
     case $flag in
         app-user) app_user=$value ;;
         config) config_from=$value ;;
@@ -126,6 +143,7 @@ binary_from=$(cd "$(dirname "$binary_from")" && pwd)/$(basename "$binary_from")
 [ -z "$config_from" ] || [ -f "$config_from" ] || misused "--config $config_from: no such file"
 
 if [ -n "$root" ]; then
+    [ -z "$app_user" ] || misused "--app-user: not with --root, which leaves accounts alone"
     mkdir -p "$root"
     root=$(cd "$root" && pwd)
     no_start=1
@@ -148,7 +166,9 @@ toml() {
             list=
             old_ifs=$IFS
             IFS=', '
+            set -f
             for item in $value; do list="$list${list:+, }\"$item\""; done
+            set +f
             IFS=$old_ifs
             printf '[%s]' "$list"
             ;;
@@ -169,7 +189,7 @@ read_key() {
                 case $line in
                     \"*) line=${line#\"} line=${line%%\"*} ;;
                     \'*) line=${line#\'} line=${line%%\'*} ;;
-                    *) line=${line%%[[:blank:]#]*} ;;
+                    *) line=${line%%[[:space:]#]*} ;;
                 esac
                 printf %s "$line"
                 return
@@ -185,12 +205,12 @@ set_key() {
     number=0 in_section='' active='' comment='' header=''
     while IFS= read -r line || [ -n "$line" ]; do
         number=$((number + 1))
+        line=${line#"${line%%[![:blank:]]*}"}
         case $line in
-            "[$section]"*) in_section=1 header=$number ;;
-            "["[A-Za-z]*) in_section='' ;;
+            "[$section]"* | "[ $section ]"*) in_section=1 header=$number ;;
+            "["[A-Za-z\ ]*) in_section='' ;;
         esac
         [ -n "$in_section" ] || continue
-        line=${line#"${line%%[![:blank:]]*}"}
         case $line in
             "$key"[[:blank:]=]*)
                 active=$number
@@ -224,10 +244,12 @@ set_key() {
 
 [ "$(uname -s)" = Linux ] || fail "this is $(uname -s); the agent is for Linux"
 version=$("$binary_from" --version 2>/dev/null) ||
-    fail "$binary_from does not run here ($(uname -m)): another architecture's binary?"
+    fail "$binary_from does not run here ($(uname -m)): another architecture's, no mode +x, or a noexec file system?"
 version=${version#kms-agent }
 unit_from=$here/systemd/kms-agent.service
-[ -f "$unit_from" ] || fail "$unit_from is missing: take the whole bundle"
+for file in "$unit_from" "$here/config.toml" "$here/uninstall.sh"; do
+    [ -f "$file" ] || fail "$file is missing: take the whole bundle"
+done
 
 if [ -z "$root" ]; then
     [ "$(id -u)" = 0 ] || fail "only root can install it (--root DIR stages the files without)"
@@ -238,6 +260,11 @@ if [ -z "$root" ]; then
         fi
     done
 fi
+set -f
+for name in $(printf %s "$app_user" | tr , ' '); do
+    getent passwd "$name" >/dev/null || misused "--app-user $name: no such user"
+done
+set +f
 if [ -z "$no_start" ]; then
     { [ -d /run/systemd/system ] && have systemctl; } ||
         fail "systemd is not running here; --no-start installs without starting"
@@ -249,7 +276,7 @@ free_kib() {
     while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
     # shellcheck disable=SC2046 # the columns are wanted
     set -- $(df -Pk "$folder" 2>/dev/null | tail -n 1)
-    echo "$4"
+    echo "${4:-}"
 }
 binary_kib=$(($(wc -c <"$binary_from") / 1024 + 1))
 # The old binary, the new one, and room for small files.
@@ -263,10 +290,12 @@ port_taken() {
     for table in /proc/net/tcp /proc/net/tcp6; do
         [ -r "$table" ] || continue
         while read -r _ address _ state _; do
-            # 0A: listening. 127.0.0.1, 0.0.0.0, [::1] and [::], as the kernel prints them on little-endian machines.
+            # 0A: listening. 127.0.0.1, 0.0.0.0, [::1], [::] and [::ffff:127.0.0.1] (Java), as the kernel prints them on
+            # little-endian machines.
             case $state$address in
                 "0A0100007F:$hex" | "0A00000000:$hex") return 0 ;;
                 "0A00000000000000000000000001000000:$hex" | "0A00000000000000000000000000000000:$hex") return 0 ;;
+                "0A0000000000000000FFFF00000100007F:$hex") return 0 ;;
             esac
         done <"$table"
     done
@@ -276,7 +305,25 @@ port_taken() {
 # ---- What will be configured, in a folder that goes with this script ----
 
 stage=$(mktemp -d)
-trap 'rm -rf "$stage"' EXIT
+# Files are being changed, and go back if this script ends now; the daemon has been restarted with them.
+undo='' begun=''
+# shellcheck disable=SC2317,SC2329 # called by the trap
+leave() {
+    code=$?
+    trap - EXIT HUP INT TERM
+    set +e
+    if [ -n "$undo" ]; then
+        put_back
+        [ -z "$begun" ] || { systemctl daemon-reload; systemctl restart kms-agent; }
+        say 'not finished; what was changed is as it was' >&2
+    fi
+    [ ! -f "$stage/touched" ] || while IFS= read -r file; do rm -f "$file.new" "$file.old"; done <"$stage/touched"
+    rm -rf "$stage"
+    exit "$code"
+}
+trap leave EXIT
+# dash leaves by a signal without the trap above.
+trap 'exit 1' HUP INT TERM
 config=$home_real/config.toml
 if [ -n "$config_from" ]; then
     cat "$config_from" >"$stage/config.toml"
@@ -314,8 +361,12 @@ if [ "$code" = 2 ]; then
     fail "the configuration is wrong, nothing was changed:$problems"
 fi
 
-port=$(read_key HttpPort "$stage/config.toml")
-port=${port:-2025}
+# TOML's 2_025 and 0x7E9 are 2025 to the tools below.
+read_number() {
+    number=$(read_key "$1" "$2" | tr -d _)
+    echo $((${number:-$3}))
+}
+port=$(read_number HttpPort "$stage/config.toml" 2025)
 log_path=$(read_key LogPath "$stage/config.toml")
 case ${log_path:=./logs/} in
     -) log_dir='' ;;
@@ -323,6 +374,9 @@ case ${log_path:=./logs/} in
     *) log_dir=$home/${log_path#./} ;;
 esac
 log_dir=${log_dir%/}
+case $log_dir in
+    *[\"\'\\%]*) fail "LogPath $log_dir: systemd would read quotes, backslashes and % as something else" ;;
+esac
 
 # The version that is there.
 old_version=''
@@ -332,15 +386,17 @@ old_version=${old_version#kms-agent }
 running=''
 [ -n "$no_start" ] || ! systemctl --quiet is-active kms-agent || running=1
 if [ -z "$no_start" ] && [ "$port" != 0 ]; then
-    old_port=$([ ! -f "$config" ] || read_key HttpPort "$config")
+    old_port=2025
+    [ ! -f "$config" ] || old_port=$(read_number HttpPort "$config" 2025)
     # Its own port is taken by itself.
-    if [ -z "$running" ] || [ "${old_port:-2025}" != "$port" ]; then
+    if [ -z "$running" ] || [ "$old_port" != "$port" ]; then
         ! port_taken "$port" || fail "port $port is taken (ss -ltnp 'sport = :$port'); --http-port takes another one"
     fi
 fi
 if [ -n "$log_dir" ] && [ -z "$old_version" ]; then
-    size=$(read_key LogFileSizeMB "$stage/config.toml") files=$(read_key LogBackupFiles "$stage/config.toml")
-    log_kib=$((${size:-100} * (${files:-2} + 1) * 1024))
+    size=$(read_number LogFileSizeMB "$stage/config.toml" 100)
+    files=$(read_number LogBackupFiles "$stage/config.toml" 2)
+    log_kib=$((size * (files + 1) * 1024))
     free=$(free_kib "$root$log_dir")
     [ "$free" -ge "$log_kib" ] || say "warning: $((free / 1024)) MiB are free for logs of up to $((log_kib / 1024)) MiB"
 fi
@@ -360,7 +416,6 @@ if [ -z "$root" ]; then
         say "user $user made"
     fi
     for name in $(printf %s "$app_user" | tr , ' '); do
-        getent passwd "$name" >/dev/null || fail "--app-user $name: no such user"
         usermod --append --groups "$token_group" "$name"
         say "$name may read the token: member of $token_group, from its next login on"
     done
@@ -371,16 +426,41 @@ fi
 same() { [ -f "$1" ] && [ -f "$2" ] && [ "$(sha256sum <"$1")" = "$(sha256sum <"$2")" ]; }
 
 changed=''
-# put MODE FROM TO: keeps what was there in the stage, for a way back.
-put() {
-    same "$2" "$3" && return
-    mkdir -p "$(dirname "$3")"
-    [ ! -f "$3" ] || cp -p "$3" "$stage/old-$(basename "$3")"
-    install -m "$1" "$2" "$3.new"
-    mv -f "$3.new" "$3"
+# Before FILE is changed: what is there stays beside it until the end, as a second name, which needs no space.
+remember() {
+    mkdir -p "$(dirname "$1")"
+    printf '%s\n' "$1" >>"$stage/touched"
+    rm -f "$1.old"
+    [ ! -f "$1" ] || ln "$1" "$1.old" 2>/dev/null || cp -p "$1" "$1.old"
     changed=1
 }
+# put MODE FROM TO
+put() {
+    if same "$2" "$3"; then
+        chmod "$1" "$3"
+        return
+    fi
+    remember "$3"
+    install -m "$1" "$2" "$3.new"
+    # A configuration that only its owner may read stays the agent's.
+    [ "$3" != "$config" ] || [ ! -f "$3" ] || chown --reference="$3" "$3.new"
+    mv -f "$3.new" "$3"
+}
+drop() {
+    [ -f "$1" ] || return 0
+    remember "$1"
+    rm -f "$1"
+}
+put_back() {
+    undo=''
+    [ -f "$stage/touched" ] || return 0
+    while IFS= read -r file; do
+        rm -f "$file.new"
+        if [ -f "$file.old" ]; then mv -f "$file.old" "$file"; else rm -f "$file"; fi
+    done <"$stage/touched"
+}
 
+undo=1
 mkdir -p "$home_real/bin" "$home_real/logs"
 chmod 755 "$home_real" "$home_real/bin"
 chmod 750 "$home_real/logs"
@@ -393,12 +473,20 @@ fi
 # The unit lets the agent write to its own logs only.
 log_unit=$root$unit_dir/kms-agent.service.d/log-path.conf
 if [ -n "$log_dir" ] && [ "$log_dir" != "$home/logs" ]; then
-    printf '# Made by install.sh: LogPath of %s\n[Service]\nReadWriteDirectories=%s\n' "$home/config.toml" "$log_dir" \
-        >"$stage/log-path.conf"
+    printf '# Made by install.sh: LogPath of %s\n[Service]\nReadWriteDirectories="%s"\n' \
+        "$home/config.toml" "$log_dir" >"$stage/log-path.conf"
     put 644 "$stage/log-path.conf" "$log_unit"
-elif [ -f "$log_unit" ]; then
-    rm -f "$log_unit"
-    changed=1
+else
+    drop "$log_unit"
+fi
+# Where user namespaces are switched off, systemd starts nothing that wants one.
+user_unit=$root$unit_dir/kms-agent.service.d/no-user-namespaces.conf
+if [ -z "$root" ] && [ "$(cat /proc/sys/user/max_user_namespaces 2>/dev/null)" = 0 ]; then
+    printf '# Made by install.sh: user.max_user_namespaces is 0\n[Service]\nPrivateUsers=no\n' \
+        >"$stage/no-user-namespaces.conf"
+    put 644 "$stage/no-user-namespaces.conf" "$user_unit"
+else
+    drop "$user_unit"
 fi
 mode=644
 [ ! -f "$config" ] || mode=$(stat -c %a "$config")
@@ -413,9 +501,10 @@ put 644 "$here/config.toml" "$home_real/config.toml.sample"
 put 755 "$here/uninstall.sh" "$home_real/uninstall.sh"
 [ ! -f "$here/kms-agent.8" ] || put 644 "$here/kms-agent.8" "$root/usr/local/share/man/man8/kms-agent.8"
 mkdir -p "$root/usr/local/bin"
-ln -sf "$home/bin/kms-agent" "$root/usr/local/bin/kms-agent"
+ln -sfn "$home/bin/kms-agent" "$root/usr/local/bin/kms-agent"
 if [ -z "$root" ] && have restorecon; then restorecon -R "$home" "$unit_dir/kms-agent.service" || true; fi
 
+if [ -n "$no_start$root" ] || [ -z "$old_version" ]; then undo=''; fi
 if [ -n "$root" ]; then
     say "$version staged in $root; accounts and enabling the unit are left to you"
     exit 0
@@ -456,13 +545,6 @@ start() {
     systemctl restart kms-agent && wait_for_ping
 }
 
-put_back() {
-    for file in "$config" "$home/ca.pem" "$unit_dir/kms-agent.service" "$home/bin/kms-agent" "$log_unit"; do
-        old=$stage/old-$(basename "$file")
-        [ ! -f "$old" ] || { cp -p "$old" "$file.new" && mv -f "$file.new" "$file"; }
-    done
-}
-
 systemctl enable kms-agent >/dev/null 2>&1 || say "warning: could not enable the unit"
 if [ -z "$restart" ] && ping_agent; then
     say "$version is installed and running; nothing to do"
@@ -471,13 +553,15 @@ elif start; then
 else
     say "$version does not answer on port $port. It said:" >&2
     journalctl --unit kms-agent --since "@$begun" --lines 20 --no-pager --output cat >&2 2>/dev/null || true
-    if [ -n "$old_version" ]; then
+    if [ -n "$old_version" ] && [ -n "$restart" ]; then
         put_back
         ! start || fail "rolled back to $old_version, which is running"
         fail "rolled back to $old_version, which does not answer either"
     fi
+    undo=''
     fail "installed, but not serving: 'journalctl -u kms-agent', then run this again"
 fi
+undo=''
 
 [ -z "$no_check" ] || exit 0
 "$home/bin/kms-agent" check --config "$config" || {

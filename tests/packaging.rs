@@ -53,6 +53,14 @@ fn script(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> (i32, S
     (output.status.code().expect("an exit code"), said)
 }
 
+/// A `PATH` with which scripts take their user for another one than root: what must not reach this host does not, even
+/// where the script under test is wrong.
+fn path_without_root(folder: &Folder) -> String {
+    let id = folder.write("id", "#!/bin/sh\necho 1000\n");
+    fs::set_permissions(&id, fs::Permissions::from_mode(0o755)).unwrap();
+    format!("{}:{}", id.parent().unwrap().display(), std::env::var("PATH").unwrap())
+}
+
 /// A folder that the agent is staged into.
 struct Stage(Folder);
 
@@ -142,7 +150,9 @@ fn a_staged_agent_is_whole_and_serves() {
     ];
     assert_eq!(stage.files(), expected.map(str::to_owned).into());
     let drop_in = fs::read_to_string(stage.file(expected[1])).unwrap();
-    assert!(drop_in.contains(&format!("\nReadWriteDirectories={}\n", setup.folder.join("logs").display())));
+    assert!(
+        drop_in.contains(&format!("\nReadWriteDirectories=\"{}\"\n", setup.folder.join("logs").display()))
+    );
     assert_eq!(fs::read_to_string(stage.file(expected[4])).unwrap(), text("config.toml"));
     // The agent takes what the installer made of the configuration.
     let agent = setup.refused_config(&stage.config()).start();
@@ -237,6 +247,10 @@ fn what_is_wrong_is_said_before_anything_is_touched() {
         (&["--ttl", "soon"][..], 2, "--ttl soon: a number is wanted"),
         (&["--region", "a\"b"], 2, "--region: no quotes"),
         (&["--region"], 2, "--region needs a value"),
+        (&["--region", ""], 2, "--region needs a value"),
+        (&["--ttl="], 2, "--ttl needs a value"),
+        (&["--app-user", "root"], 2, "--app-user: not with --root"),
+        (&["--log-path", "/data/100%"], 1, "LogPath /data/100%: systemd would"),
         (&["--foo"], 2, "unknown option --foo"),
         (&["--cache", "1"], 2, "unknown option --cache"),
         (&["now"], 2, "unexpected argument now"),
@@ -251,6 +265,131 @@ fn what_is_wrong_is_said_before_anything_is_touched() {
         assert!(said.contains(part), "{arguments:?}: {said}");
         assert!(!stage.file("usr").exists(), "{arguments:?}");
     }
+    // What is empty by mistake must not become this host.
+    let (code, said) = script("install.sh", &["--root", ""], &[("PATH", &path_without_root(&stage.0))]);
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("--root needs a value"), "{said}");
+    let (code, said) = stage.install(&[], &[("KMS_AGENT_NO_CHECK", "maybe")]);
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("KMS_AGENT_NO_CHECK=maybe: 1 or 0 is wanted"), "{said}");
+    assert!(!stage.file("usr").exists());
+}
+
+#[test]
+fn help_says_which_options_take_a_value() {
+    let (code, help) = script("install.sh", &["--help"], &[]);
+    assert_eq!(code, 0);
+    for line in [
+        "--http-port N ",
+        "--region TEXT ",
+        "--ssrf-env A,B ",
+        "--ca-file FILE ",
+        "--app-user A,B ",
+        "--root DIR ",
+    ] {
+        assert!(help.contains(&format!("\n  {line}")), "{line}: {help}");
+    }
+    assert!(help.contains("\n  --no-check  "), "{help}");
+}
+
+#[test]
+fn what_cannot_be_finished_is_undone() {
+    let stage = Stage::new();
+    let manual = stage.file("usr/local/share/man");
+    stage.install_well(&["--ttl", "900", "--log-path", "/data/logs"], &[]);
+    let before = stage.files();
+    // A file where a folder belongs stops root as well; the manual comes after the binary and its configuration.
+    fs::remove_dir_all(&manual).unwrap();
+    fs::write(&manual, "").unwrap();
+    let newer = stage.0.write("newer", "#!/bin/sh\n[ \"$1\" != --version ] || echo kms-agent 99.0\n");
+    fs::set_permissions(&newer, fs::Permissions::from_mode(0o755)).unwrap();
+    let (code, said) =
+        stage.install(&["--binary", newer.to_str().unwrap(), "--ttl", "1", "--log-path", "-"], &[]);
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("not finished; what was changed is as it was"), "{said}");
+    assert_eq!(set_keys(&stage.config()), ["TTLSeconds = 900", "LogPath = \"/data/logs\""]);
+    assert_eq!(
+        fs::read(stage.file(&format!("{HOME}/bin/kms-agent"))).unwrap(),
+        fs::read(binary()).unwrap(),
+        "the old binary"
+    );
+    fs::remove_file(&manual).unwrap();
+    let mut expected = before;
+    expected.remove("usr/local/share/man/man8/kms-agent.8");
+    assert_eq!(stage.files(), expected, "nothing is left over, nothing is missing");
+
+    // A first installation leaves no files, only folders.
+    let stage = Stage::new();
+    let manual = stage.file("usr/local/share/man");
+    fs::create_dir_all(manual.parent().unwrap()).unwrap();
+    fs::write(&manual, "").unwrap();
+    let (code, said) = stage.install(&[], &[]);
+    assert_eq!(code, 1, "{said}");
+    assert_eq!(stage.files(), ["usr/local/share/man".to_owned()].into());
+}
+
+#[test]
+fn whoever_calls_it_files_are_the_same() {
+    let stage = Stage::new();
+    let parent = stage.file("").parent().unwrap().to_owned();
+    // From a folder that CDPATH finds, with a umask that shuts others out, and hardly a PATH.
+    let line = format!(
+        "umask 077; cd '{0}'; CDPATH='{0}' sh '{1}' --root root --binary '{2}' --log-path '/data/my logs'",
+        parent.display(),
+        packaging("install.sh").display(),
+        binary().display()
+    );
+    let output =
+        Command::new("sh").args(["-c", &line]).env_clear().env("PATH", "/usr/bin:/bin").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for (name, mode) in [
+        (HOME, 0o755),
+        ("usr/local/alibabacloudkmsagent/config.toml", 0o644),
+        ("usr/local/alibabacloudkmsagent/logs", 0o750),
+        ("usr/local/bin", 0o755),
+        ("usr/local/share/man/man8", 0o755),
+        ("etc/systemd/system/kms-agent.service.d", 0o755),
+        ("data", 0o755),
+        ("data/my logs", 0o750),
+    ] {
+        let found = fs::metadata(stage.file(name)).unwrap().permissions().mode();
+        assert_eq!(found & 0o777, mode, "{name}: {found:o}");
+    }
+    let drop_in =
+        fs::read_to_string(stage.file("etc/systemd/system/kms-agent.service.d/log-path.conf")).unwrap();
+    assert!(drop_in.ends_with("\nReadWriteDirectories=\"/data/my logs\"\n"), "{drop_in}");
+    // What was made unusable by hand is usable again, though the content is the same.
+    let binary = stage.file(&format!("{HOME}/bin/kms-agent"));
+    fs::set_permissions(&binary, fs::Permissions::from_mode(0o600)).unwrap();
+    stage.install_well(&[], &[]);
+    assert_eq!(fs::metadata(&binary).unwrap().permissions().mode() & 0o777, 0o755);
+}
+
+#[test]
+fn configurations_as_people_write_them() {
+    let stage = Stage::new();
+    let config = stage.0.write(
+        "own.toml",
+        "  [ Server ]\n\tHttpPort = 2_025\n  [Cache]\n  TTLSeconds = 0x10 # hex\n[Log] # here\r\nLogFileSizeMB = 1_0\r\n",
+    );
+    stage.install_well(
+        &[
+            "--config",
+            config.to_str().unwrap(),
+            "--ttl",
+            "5",
+            "--http-port",
+            "2026",
+            "--ssrf-headers",
+            "C*,X-|&",
+        ],
+        &[],
+    );
+    assert_eq!(
+        stage.config(),
+        "  [ Server ]\nSSRFHeaders = [\"C*\", \"X-|&\"]\nHttpPort = 2026\n  [Cache]\nTTLSeconds = 5\n[Log] # \
+         here\r\nLogFileSizeMB = 1_0\r\n"
+    );
 }
 
 #[test]
@@ -272,8 +411,17 @@ fn what_was_staged_can_be_removed() {
         uninstall(&["--purge"]);
         assert_eq!(stage.files(), BTreeSet::new());
     }
-    let (code, _) = script("uninstall.sh", &["--everything"], &[]);
-    assert_eq!(code, 2);
+    // What is empty by mistake must not become this host, and 0 must not become yes.
+    let path = path_without_root(&stage.0);
+    for arguments in [&["--everything"][..], &["--root"], &["--root", ""], &["--root="]] {
+        assert_eq!(script("uninstall.sh", arguments, &[("PATH", &path)]).0, 2, "{arguments:?}");
+    }
+    stage.install_well(&[], &[]);
+    for (purge, code, kept) in [("maybe", 2, true), ("0", 0, true), ("1", 0, false)] {
+        let arguments = ["--root", root.to_str().unwrap()];
+        assert_eq!(script("uninstall.sh", &arguments, &[("KMS_AGENT_PURGE", purge)]).0, code, "{purge}");
+        assert_eq!(stage.file(&format!("{HOME}/config.toml")).exists(), kept, "{purge}");
+    }
 }
 
 #[test]

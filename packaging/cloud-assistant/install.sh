@@ -18,15 +18,17 @@ case $url in '{''{'* | '') fail 'the parameter url is missing' ;; esac
 case $sums in '{''{'* | '') fail 'the parameter sha256 is missing' ;; esac
 
 arch=$(uname -m)
-case $url in *ARCH*) url=${url%%ARCH*}$arch${url#*ARCH} ;; esac
+case $url in *-ARCH-*) url=${url%%-ARCH-*}-$arch-${url#*-ARCH-} ;; esac
 
 # Not below /tmp: that may be mounted noexec, and the installer asks the binary for its version.
 folder=$(mktemp -d /usr/local/.kms-agent.XXXXXX)
 trap 'rm -rf "$folder"' EXIT
+trap 'exit 1' HUP INT TERM
 cd "$folder"
 
 if command -v curl >/dev/null 2>&1; then
-    curl --fail --silent --show-error --location --retry 3 --connect-timeout 10 --max-time 240 --output bundle "$url"
+    curl --fail --silent --show-error --location --retry 3 --retry-max-time 240 --connect-timeout 10 --max-time 240 \
+        --output bundle "$url"
 elif command -v wget >/dev/null 2>&1; then
     wget --quiet --tries=3 --timeout=60 --output-document=bundle "$url"
 else
@@ -44,6 +46,7 @@ esac
 mkdir unpacked
 tar --extract --gzip --no-same-owner --file bundle --directory unpacked
 set -- unpacked/*/install.sh
+[ -f "$1" ] || fail "$url is no bundle: there is no install.sh in it"
 set -f
 # shellcheck disable=SC2086 # several options
 sh "$1" $options
