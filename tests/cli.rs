@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Agent, Folder, Setup, TOKEN, emulator, secret_target, wait_until};
+use common::{Agent, Folder, Setup, TOKEN, binary, emulator, secret_target, wait_until};
 use kms_emulator::{BadCertificate, Emulator, KmsMode, MetadataFault};
 use rustix::process::Signal;
 use std::fs;
@@ -42,7 +42,7 @@ impl Done {
 
 /// The binary, with a `KMS_TOKEN` and nothing else in its environment.
 fn command(token: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kms-agent"));
+    let mut command = Command::new(binary());
     command.env_clear().env("KMS_TOKEN", token).env("PATH", "/usr/bin:/bin").stdin(Stdio::null());
     command
 }
@@ -289,9 +289,14 @@ impl Drop for Squatter {
 /// `check` of a set-up without an agent; `wrap` is a program that runs it.
 fn check(setup: &Setup, token: &str, more: &[&str], wrap: &[&str]) -> Done {
     let config = setup.folder.write("check.toml", setup.config());
-    let binary = env!("CARGO_BIN_EXE_kms-agent");
-    let mut command = Command::new(wrap.first().unwrap_or(&binary));
-    command.args(wrap.iter().skip(1)).args((!wrap.is_empty()).then_some(binary));
+    let mut command = match wrap {
+        [] => Command::new(binary()),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(binary());
+            command
+        }
+    };
     command.args(["check", "--config"]).arg(config).args(more);
     command
         .env_clear()
@@ -645,7 +650,8 @@ fn an_agent_that_is_busy_is_running() {
     wait_until("its only connection is busy", || world.run(&["status"]).stdout == busy);
     let done = world.run(&["check"]);
     assert!(
-        done.stdout.contains("kms-agent (pid ") && done.stdout.contains("all of [Server] MaxConn are busy"),
+        done.stdout.contains(" by an agent: kms-agent")
+            && done.stdout.contains("all of [Server] MaxConn are busy"),
         "{}",
         done.stdout
     );
@@ -698,7 +704,7 @@ fn at_no_instant_can_others_read_a_token() {
         // A umask that forbids nothing.
         let script = r#"umask 0; exec "$0" token "$@""#;
         let mut command = Command::new("sh");
-        command.args(["-c", script, env!("CARGO_BIN_EXE_kms-agent")]).args(line);
+        command.args(["-c", script]).arg(binary()).args(line);
         assert_eq!(finish(&mut command).code, Some(0));
         assert_eq!(mode_and_group(&path), (0o640, gid));
     }
