@@ -259,6 +259,11 @@ if [ -z "$root" ]; then
             fail "it was installed as a package (${owner%% *} knows it): upgrade that"
         fi
     done
+    # Two at a time would take each other's way back. A folder can be locked, too, and leaves no file.
+    if have flock && [ -d "$unit_dir" ]; then
+        exec 9<"$unit_dir"
+        flock --nonblock 9 || fail 'another installation is running'
+    fi
 fi
 set -f
 for name in $(printf %s "$app_user" | tr , ' '); do

@@ -64,6 +64,10 @@ else
             fail "it was installed as a package (${owner%% *} knows it): remove that"
         fi
     done
+    if have flock && [ -d "$unit_dir" ]; then
+        exec 9<"$unit_dir"
+        flock --nonblock 9 || fail 'an installation is running'
+    fi
 fi
 
 unit=$root$unit_dir/kms-agent.service
