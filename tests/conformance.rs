@@ -633,7 +633,8 @@ fn half_closed_clients_are_answered() {
         assert!(connection.is_at_end(), "{rule}");
     }
     // The end comes while the reply is still on its way: then the reply says that it is the last.
-    emulator.delay_secret("slow", Duration::from_millis(300));
+    let on_its_way = Duration::from_millis(1500);
+    emulator.delay_secret("slow", on_its_way);
     let mut connection = agent.connect();
     connection.send(agent.head(&secret_target("slow")));
     wait_until("KMS is asked", || emulator.counters().gets("slow") == 1);
@@ -641,7 +642,7 @@ fn half_closed_clients_are_answered() {
     check_replies(&mut connection, "9.6 the last one says close", "200 MISS", Closed);
     // With more requests before it.
     emulator.put_secret("slower", "3");
-    emulator.delay_secret("slower", Duration::from_millis(300));
+    emulator.delay_secret("slower", on_its_way);
     let mut connection = agent.connect();
     connection.send(agent.head(&secret_target("slower")) + PING + PING);
     connection.half_close();
