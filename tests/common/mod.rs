@@ -48,10 +48,16 @@ pub fn binary() -> PathBuf {
 
 /// Waits until `met`; panics with `what` after [`DEADLINE`].
 #[track_caller]
-pub fn wait_until(what: &str, mut met: impl FnMut() -> bool) {
-    let end = Instant::now() + DEADLINE;
+pub fn wait_until(what: &str, met: impl FnMut() -> bool) {
+    wait_at_most(DEADLINE, what, met);
+}
+
+/// The same with a deadline of its own.
+#[track_caller]
+pub fn wait_at_most(deadline: Duration, what: &str, mut met: impl FnMut() -> bool) {
+    let end = Instant::now() + deadline;
     while !met() {
-        assert!(Instant::now() < end, "waited {DEADLINE:?} in vain until {what}");
+        assert!(Instant::now() < end, "waited {deadline:?} in vain until {what}");
         thread::sleep(POLL);
     }
 }
