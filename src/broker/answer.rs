@@ -165,7 +165,8 @@ pub fn to_be_kept(
 ) -> Zeroizing<Vec<u8>> {
     match response_type {
         ResponseType::Kms | ResponseType::Vault => body,
-        ResponseType::Aws => format::aws(asked_id, &body),
+        // A copy, since the original has room to spare.
+        ResponseType::Aws => Zeroizing::new(format::aws(asked_id, &body).to_vec()),
     }
 }
 

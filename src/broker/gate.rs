@@ -4,6 +4,7 @@
 use crate::config::{self, ResponseType};
 use crate::http::percent::{self, BadEncoding};
 use crate::http::request::{Reject, Request};
+use crate::http::split_at_byte;
 use crate::kms::format::{self, Kv};
 use crate::secret::Secret;
 use std::borrow::Cow;
@@ -151,8 +152,14 @@ fn question<'b>(
     query: Option<&'b str>,
 ) -> Result<Question<'b>, Denial> {
     let (mut id, mut version_id, mut version_stage, mut refresh_now) = (None, None, None, None);
-    for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+    let mut rest = query.unwrap_or_default();
+    while !rest.is_empty() {
+        let pair;
+        (pair, rest) = split_at_byte(rest, b'&').unwrap_or((rest, ""));
+        if pair.is_empty() {
+            continue;
+        }
+        let (name, value) = split_at_byte(pair, b'=').unwrap_or((pair, ""));
         let decode = |text| {
             percent::decode_query(text)
                 .map_err(|BadEncoding| Denial::parameter(format!("badly encoded parameter: {}", quote(name))))

@@ -4,7 +4,7 @@
 pub const STAGE_CURRENT: &str = "ACSCurrent";
 
 /// A secret, and which of its versions: normalised, so that equal questions share one answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyRef<'a> {
     /// Name or ARN, as the reader wrote it.
     pub id: &'a str,
@@ -39,6 +39,19 @@ impl<'a> KeyRef<'a> {
             id: self.id.into(),
             version_id: self.version_id.map(Into::into),
             version_stage: self.version_stage.filter(|_| !is_usual).map(Into::into),
+        }
+    }
+}
+
+impl std::hash::Hash for KeyRef<'_> {
+    /// What is usual in a key is left out: this runs at every hit.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        state.write(self.id.as_bytes());
+        if let Some(version_id) = self.version_id {
+            state.write(version_id.as_bytes());
+        }
+        if let Some(stage) = self.version_stage.filter(|stage| *stage != STAGE_CURRENT) {
+            state.write(stage.as_bytes());
         }
     }
 }

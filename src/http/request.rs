@@ -4,6 +4,7 @@
 //! connection, because where the next request would begin cannot be known.
 #![warn(clippy::indexing_slicing)]
 
+use super::split_at_byte;
 use std::mem::MaybeUninit;
 use std::net::Ipv6Addr;
 
@@ -246,7 +247,7 @@ fn split_target<'b>(method: &str, target: &'b str) -> Result<Target<'b>, Reject>
             _ => return Err(Reject::Malformed("malformed authority in the request target")),
         }
     };
-    let (path, query) = match rest.split_once('?') {
+    let (path, query) = match split_at_byte(rest, b'?') {
         Some((path, query)) => (path, Some(query)),
         None => (rest, None),
     };
@@ -301,7 +302,7 @@ fn host_of(authority: &str) -> Option<&str> {
     let end = if authority.starts_with('[') {
         authority.find(']')? + 1
     } else {
-        authority.find(':').unwrap_or(authority.len())
+        authority.bytes().position(|b| b == b':').unwrap_or(authority.len())
     };
     let (host, rest) = authority.split_at_checked(end)?;
     let host_is_sound = match host.strip_prefix('[') {

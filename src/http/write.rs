@@ -38,11 +38,16 @@ pub enum Persistence {
 
 /// Begins a reply: status line, `Content-Type`, `Content-Length`, `Date` and `Cache-Control`.
 pub fn begin(out: &mut Vec<u8>, date: &Date, status: u16, content_type: &str, content_length: usize) {
-    let mut digits = itoa::Buffer::new();
-    for part in ["HTTP/1.1 ", digits.format(status), " ", reason(status), "\r\nContent-Type: ", content_type]
-    {
-        out.extend_from_slice(part.as_bytes());
+    if status == 200 {
+        // Nearly all of them.
+        out.extend_from_slice(b"HTTP/1.1 200 OK\r\nContent-Type: ");
+    } else {
+        let mut digits = itoa::Buffer::new();
+        for part in ["HTTP/1.1 ", digits.format(status), " ", reason(status), "\r\nContent-Type: "] {
+            out.extend_from_slice(part.as_bytes());
+        }
     }
+    out.extend_from_slice(content_type.as_bytes());
     number(out, "\r\nContent-Length", content_length as u64);
     out.extend_from_slice(b"Date: ");
     out.extend_from_slice(&date.text);
