@@ -468,7 +468,7 @@ fn base64(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn the_manual_page_knows_every_command() {
+fn the_manual_page_knows_every_command_and_option() {
     let page = text("kms-agent.8");
     let output = Command::new(binary()).arg("--help").output().unwrap();
     let help = String::from_utf8(output.stdout).unwrap();
@@ -477,5 +477,13 @@ fn the_manual_page_knows_every_command() {
     for line in commands.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   ")) {
         let command = line.split_whitespace().next().unwrap();
         assert!(page.contains(&format!(".TP\n.B {command}\n")), "kms-agent.8 has {command}");
+        let output = Command::new(binary()).args([command, "--help"]).output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        let (_, options) = help.split_once("\nOptions:\n").unwrap();
+        for option in options.split_whitespace().filter(|word| word.starts_with("--") && word.len() > 2) {
+            let option =
+                option.trim_end_matches(|letter: char| !letter.is_ascii_alphanumeric()).replace('-', "\\-");
+            assert!(page.contains(&option), "kms-agent.8 has {option} of {command}");
+        }
     }
 }
