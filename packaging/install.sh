@@ -330,6 +330,8 @@ trap leave EXIT
 # dash leaves by a signal without the trap above.
 trap 'exit 1' HUP INT TERM
 config=$home_real/config.toml
+# A link's target is what is changed. In a staged root a link may lead out of it; there a file takes its place.
+[ -n "$root" ] || [ ! -L "$config" ] || config=$(readlink -f "$config")
 if [ -n "$config_from" ]; then
     cat "$config_from" >"$stage/config.toml"
 elif [ -f "$config" ]; then
@@ -494,7 +496,7 @@ else
     drop "$user_unit"
 fi
 mode=644
-[ ! -f "$config" ] || mode=$(stat -c %a "$config")
+[ ! -f "$config" ] || mode=$(stat -L -c %a "$config")
 put "$mode" "$stage/config.toml" "$config"
 [ ! -f "$stage/ca.pem" ] || put 644 "$stage/ca.pem" "$home_real/ca.pem"
 put 644 "$unit_from" "$root$unit_dir/kms-agent.service"

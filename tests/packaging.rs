@@ -368,6 +368,16 @@ fn whoever_calls_it_files_are_the_same() {
 #[test]
 fn configurations_as_people_write_them() {
     let stage = Stage::new();
+    // Elsewhere, behind a link that has every permission itself.
+    stage.install_well(&[], &[]);
+    let config = stage.file(&format!("{HOME}/config.toml"));
+    let elsewhere = stage.file("etc/mine.toml");
+    fs::rename(&config, &elsewhere).unwrap();
+    std::os::unix::fs::symlink("../../../etc/mine.toml", &config).unwrap();
+    stage.install_well(&["--ttl", "5"], &[]);
+    assert_eq!(set_keys(&stage.config()), ["TTLSeconds = 5"]);
+    assert_eq!(fs::metadata(&config).unwrap().permissions().mode() & 0o777, 0o644);
+
     let config = stage.0.write(
         "own.toml",
         "  [ Server ]\n\tHttpPort = 2_025\n  [Cache]\n  TTLSeconds = 0x10 # hex\n[Log] # here\r\nLogFileSizeMB = 1_0\r\n",
@@ -480,6 +490,7 @@ fn the_manual_page_knows_every_command_and_option() {
         let output = Command::new(binary()).args([command, "--help"]).output().unwrap();
         let help = String::from_utf8(output.stdout).unwrap();
         let (_, options) = help.split_once("\nOptions:\n").unwrap();
+        let options = options.split("\n\n").next().unwrap();
         for option in options.split_whitespace().filter(|word| word.starts_with("--") && word.len() > 2) {
             let option =
                 option.trim_end_matches(|letter: char| !letter.is_ascii_alphanumeric()).replace('-', "\\-");
