@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{Connection, Reply, Setup, http, python_with, tool};
+use common::{Connection, Reply, Setup, http, python_with, tool, wait_until};
 use kms_emulator::{Emulator, MetadataMode, NewSecret, Options};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::{self, File};
@@ -70,6 +70,12 @@ impl Lab {
         ] {
             lab.ip(&arguments).unwrap_or_else(|why| panic!("ip {arguments}: {why}"));
         }
+        // The kernel connects the ends a moment later: a SYN until then is lost, and sent again only after a second.
+        for namespace in [instance, cloud] {
+            wait_until("the cable is plugged in", || {
+                lab.ip(&format!("-n {namespace} link show eth0")).is_ok_and(|told| told.contains(" state UP "))
+            });
+        }
         let files = Path::new(NETNS).join(instance);
         fs::create_dir_all(&files).unwrap();
         let hosts: String = NAMES.iter().map(|name| format!("{CLOUD} {name}\n")).collect();
@@ -77,11 +83,11 @@ impl Lab {
         Some(lab)
     }
 
-    /// The error is what `ip` said.
-    fn ip(&self, arguments: &str) -> Result<(), String> {
+    /// What `ip` said; an error is what it said of that.
+    fn ip(&self, arguments: &str) -> Result<String, String> {
         let output = Command::new(&self.ip).args(arguments.split(' ')).stdin(Stdio::null()).output().unwrap();
         match output.status.success() {
-            true => Ok(()),
+            true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
             false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
         }
     }

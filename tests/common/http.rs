@@ -187,7 +187,14 @@ impl Connection {
 
     fn fill(&mut self) -> io::Result<()> {
         let mut chunk = [0; 16 * 1024];
-        match self.stream.read(&mut chunk)? {
+        let count = loop {
+            match self.stream.read(&mut chunk) {
+                // A read with a timeout is not taken up again by itself when the process was stopped meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                outcome => break outcome?,
+            }
+        };
+        match count {
             0 => Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
                 format!("closed after {:?}", String::from_utf8_lossy(&self.bytes)),
