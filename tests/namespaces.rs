@@ -73,7 +73,8 @@ impl Lab {
         // The kernel connects the ends a moment later: a SYN until then is lost, and sent again only after a second.
         for namespace in [instance, cloud] {
             wait_until("the cable is plugged in", || {
-                lab.ip(&format!("-n {namespace} link show eth0")).is_ok_and(|told| told.contains(" state UP "))
+                lab.ip(&format!("-n {namespace} link show eth0"))
+                    .is_ok_and(|told| told.contains(" state UP "))
             });
         }
         let files = Path::new(NETNS).join(instance);

@@ -1,4 +1,10 @@
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
 //! Load at a fixed rate: how long does a reply take, counted from when its request was due?
 //!
 //! `paced ADDRESS PATH TOKEN RATE CONNECTIONS SECONDS` sends one request each 1/RATE s, in turn on so many keep-alive
