@@ -18,6 +18,7 @@ struct Slot<T> {
 pub(super) struct Slab<T> {
     base: u32,
     slots: Vec<Slot<T>>,
+    /// Free slots, the one to give out next last; those past the end are gone.
     free: Vec<u32>,
     len: usize,
     /// Of the token given last: one count for all slots, since slots come and go.
@@ -39,14 +40,22 @@ impl<T> Slab<T> {
     pub(super) fn reserve(&mut self) -> Token {
         self.len += 1;
         let generation = self.next_generation();
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { generation, reserved: true, tenant: None });
-            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
-        });
+        let index = self.free_slot();
         if let Some(slot) = self.slots.get_mut(index as usize) {
             (slot.generation, slot.reserved) = (generation, true);
         }
         Token { slot: self.base + index, generation }
+    }
+
+    fn free_slot(&mut self) -> u32 {
+        while let Some(index) = self.free.pop() {
+            if (index as usize) < self.slots.len() {
+                return index;
+            }
+        }
+        // Only now that none is listed, so that none is ever listed twice.
+        self.slots.push(Slot { generation: 0, reserved: false, tenant: None });
+        u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
     }
 
     /// The tenant moves in, or back in.
@@ -71,15 +80,14 @@ impl<T> Slab<T> {
         }
     }
 
-    /// Gives memory back after a burst: the free slots at the end, once they are most of all.
+    /// Gives memory back after a burst: drops the free slots at the end. Each is looked at once, however many others
+    /// a tenant before them keeps.
     fn trim(&mut self) {
-        let worth_it = |used: usize| self.slots.capacity() > 4 * (used + SPARE_SLOTS);
-        if !worth_it(self.len) {
-            return;
+        while self.slots.last().is_some_and(|slot| !slot.reserved) {
+            self.slots.pop();
         }
-        let used = self.slots.iter().rposition(|slot| slot.reserved).map_or(0, |last| last + 1);
-        if worth_it(used) {
-            self.slots.truncate(used);
+        let used = self.slots.len();
+        if self.slots.capacity() > 4 * (used + SPARE_SLOTS) {
             self.slots.shrink_to(used + SPARE_SLOTS);
             self.free.retain(|index| (*index as usize) < used);
             self.free.shrink_to(used + SPARE_SLOTS);
@@ -125,6 +133,8 @@ impl<T> Slab<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::Random;
+    use std::collections::HashMap;
 
     #[test]
     fn a_stale_token_reaches_nobody() {
@@ -169,5 +179,61 @@ mod tests {
             slab.put(*token, 0);
         }
         assert!(tokens.iter().filter(|token| **token != tokens[40]).all(|token| slab.get(*token).is_none()));
+    }
+
+    #[test]
+    fn no_free_slots_are_looked_through_at_each_leave() {
+        let mut slab: Slab<()> = Slab::new(10);
+        let tokens: Vec<Token> = (0..1000).map(|_| slab.reserve()).collect();
+        for token in tokens.iter().filter(|token| **token != tokens[230]) {
+            slab.vacate(*token);
+        }
+        assert_eq!((slab.slots.len(), slab.len()), (231, 1));
+    }
+
+    /// Against a map of all who are in; `None`: out for a moment.
+    #[test]
+    fn does_as_a_map_does() {
+        let mut random = Random::from_seed(9);
+        let mut slab = Slab::new(10);
+        let (mut model, mut void) = (HashMap::<Token, Option<usize>>::new(), Vec::new());
+        for step in 0..10_000 {
+            // Bursts, and ebbs between them.
+            let grows = step / 1000 % 2 == 0;
+            let token = model.keys().next().copied();
+            match (random.up_to(7), token) {
+                (0..=3, _) | (4, None) if grows => {
+                    let token = slab.reserve();
+                    assert!(model.keys().all(|other| other.slot != token.slot), "given out twice");
+                    slab.put(token, step);
+                    model.insert(token, Some(step));
+                }
+                (0..=4, Some(token)) => {
+                    slab.vacate(token);
+                    model.remove(&token);
+                    void.push(token);
+                }
+                (5, Some(token)) => assert_eq!(slab.take(token), model.insert(token, None).flatten()),
+                (6, Some(token)) => {
+                    slab.put(token, step);
+                    model.insert(token, Some(step));
+                }
+                (_, Some(token)) => {
+                    let tenant = model.remove(&token).flatten();
+                    model.insert(slab.renew(token), tenant);
+                    void.push(token);
+                }
+                (_, None) => {}
+            }
+            if let Some(token) = void.get(step % (void.len() + 1)) {
+                slab.put(*token, 0);
+                slab.vacate(*token);
+                assert_eq!((slab.take(*token), slab.renew(*token)), (None, *token));
+                assert_eq!(slab.get(*token), None);
+            }
+            assert_eq!(slab.len(), model.len());
+            assert!(model.iter().all(|(token, tenant)| slab.get(*token) == tenant.as_ref()));
+            assert_eq!(slab.iter().count(), model.values().flatten().count());
+        }
     }
 }
