@@ -383,6 +383,13 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_has_no_room_to_spare() {
+        let body = br#"{"SecretName":"db","SecretData":"x"}"#.to_vec();
+        let kept = to_be_kept(ResponseType::Aws, "db", Zeroizing::new(body));
+        assert_eq!(kept.capacity(), kept.len());
+    }
+
+    #[test]
     fn a_lease_runs_down() {
         let kept = br#"{"SecretData":"x"}"#;
         let reply = text_of(ResponseType::Vault, |w, out| w.secret(out, kept, SPAN, NOW, XCache::Hit, KEEP));

@@ -55,7 +55,7 @@ fn stages(members: &Members<'_>) -> Vec<String> {
 /// not used costs a hit too: it is wiped.
 const OWN_BYTES: usize = 512;
 
-/// An object under construction; it never outgrows its first allocation by much, and is wiped.
+/// An object under construction; it never outgrows its first allocation, and is wiped.
 struct Object(Zeroizing<Vec<u8>>);
 
 impl Object {
