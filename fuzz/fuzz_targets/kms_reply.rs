@@ -89,7 +89,7 @@ fn check_value(body: &[u8], asked: &str, value: &Value) {
     let data = ours["SecretData"].get();
 
     if asked.len() <= ID_BYTES_MAX {
-        let aws = json(format::aws(asked, body), body);
+        let aws = json(format::aws(asked, body), body.len() + 6 * asked.len());
         let aws = members(&aws).unwrap();
         let (string, binary) = (aws.get("SecretString"), aws.get("SecretBinary"));
         assert!(string.is_some() != binary.is_some());
@@ -103,9 +103,9 @@ fn check_value(body: &[u8], asked: &str, value: &Value) {
         }
     }
 
-    let v1 = json(format::vault(Kv::V1, body, u64::MAX), body);
+    let v1 = json(format::vault(Kv::V1, body, u64::MAX), body.len());
     check_vault_data(members(&v1).unwrap()["data"], data);
-    let v2 = json(format::vault(Kv::V2, body, 0), body);
+    let v2 = json(format::vault(Kv::V2, body, 0), body.len());
     let outer = members(members(&v2).unwrap()["data"].get().as_bytes()).unwrap();
     check_vault_data(outer["data"], data);
     let metadata = members(outer["metadata"].get().as_bytes()).unwrap();
@@ -126,9 +126,9 @@ fn check_vault_data(data: &RawValue, secret: &str) {
 }
 
 /// Checks that it is JSON, each name once, and that its buffer never moved: a move would leave secret bytes behind.
-fn json(formatted: impl AsRef<Vec<u8>>, body: &[u8]) -> Vec<u8> {
+fn json(formatted: impl AsRef<Vec<u8>>, foreign_bytes: usize) -> Vec<u8> {
     let formatted = formatted.as_ref();
     assert!(members(formatted).is_some(), "{}", String::from_utf8_lossy(formatted));
-    assert_eq!(formatted.capacity(), body.len() + 4096);
+    assert_eq!(formatted.capacity(), foreign_bytes + format::OWN_BYTES);
     formatted.clone()
 }

@@ -53,7 +53,7 @@ fn stages(members: &Members<'_>) -> Vec<String> {
 
 /// What the names and fixed values of a reply may take, in bytes; the longest, KV version 2's, takes 300. Room that is
 /// not used costs a hit too: it is wiped.
-const OWN_BYTES: usize = 512;
+pub const OWN_BYTES: usize = 512;
 
 /// An object under construction; it never outgrows its first allocation, and is wiped.
 struct Object(Zeroizing<Vec<u8>>);
