@@ -58,7 +58,7 @@ Trouble
 Example
   echo '{\"agent-test\": \"hello\"}' > secrets.json
   kms-emulator --secrets secrets.json
-It prints its addresses and a ready [KMS] section for kms-agent's configuration.
+What it prints is a configuration file for kms-agent, with its addresses.
 ";
 
 /// What the arguments ask for.

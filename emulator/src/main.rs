@@ -64,15 +64,14 @@ fn secret_names(settings: &cli::Settings) -> String {
 fn announce(emulator: &Emulator, region: &str, secrets: &str, aaps: &str, ca: &Path) -> io::Result<()> {
     let (kms, metadata, ca) = (emulator.kms_addr(), emulator.metadata_url(), ca.display());
     let mut out = io::stdout().lock();
+    // A whole configuration file for the agent: what is for the reader alone is a comment.
     writeln!(
         out,
-        "KMS, STS       https://{kms}\n\
-         Metadata       {metadata}\n\
-         AapArn         {aaps}\n\
-         CA             {ca}\n\
-         Secrets        {secrets}\n\
-         \n\
-         For kms-agent's configuration file:\n\
+        "# KMS, STS       https://{kms}\n\
+         # Metadata       {metadata}\n\
+         # AapArn         {aaps}\n\
+         # CA             {ca}\n\
+         # Secrets        {secrets}\n\
          \n\
          [KMS]\n\
          Region = \"{region}\"\n\
@@ -81,7 +80,7 @@ fn announce(emulator: &Emulator, region: &str, secrets: &str, aaps: &str, ca: &P
          CaFile = \"{ca}\"\n\
          MetadataEndpoint = \"{metadata}\"\n\
          \n\
-         Running; Ctrl-C ends it."
+         # Running; Ctrl-C ends it."
     )?;
     out.flush()
 }

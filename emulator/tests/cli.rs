@@ -24,7 +24,7 @@ fn help_is_help_and_wrong_usage_is_2() {
 fn sigterm_ends_it_and_takes_its_ca_file_along() {
     let mut child = emulator().stdout(Stdio::piped()).spawn().expect("runs");
     let lines = BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok);
-    let told: Vec<String> = lines.take_while(|line| !line.starts_with("Running")).collect();
+    let told: Vec<String> = lines.take_while(|line| !line.starts_with("# Running")).collect();
     let value = |key: &str| {
         let line = told.iter().find_map(|line| line.strip_prefix(key)).expect("the line is there");
         line.trim_matches(|c| c == '"' || c == ' ').to_owned()
@@ -35,6 +35,9 @@ fn sigterm_ends_it_and_takes_its_ca_file_along() {
     assert!(Command::new("kill").arg(child.id().to_string()).status().expect("kill runs").success());
     assert_eq!(child.wait().expect("it ends").code(), Some(0));
     assert!(!std::path::Path::new(&ca).exists());
+    // What it prints is a configuration file for the agent, as it stands.
+    let is_toml = |line: &String| line.is_empty() || line.starts_with(['#', '[']) || line.contains(" = \"");
+    assert!(told.iter().all(is_toml), "{told:?}");
 }
 
 #[test]

@@ -12,20 +12,20 @@ const GROUPS: &str = "/etc/group";
 const HELP: &str = "\
 kms-agent token - make or replace the token file
 
-Usage: kms-agent token create [--file F] [--group G]
-       kms-agent token rotate [--file F] [--group G]
+Usage: kms-agent token create [--file F] [--group G] [--config FILE]
+       kms-agent token rotate [--file F] [--group G] [--config FILE]
 
 create leaves a file with a valid token alone, and else writes a fresh one: 256 random bits in
 hex, mode 0640. rotate writes a fresh one in any case; a running agent takes it up within a second,
 and the old one stops working. At no instant can others read the file or see half of it.
 
 Options:
-      --file F     the file; else the one that KMS_TOKEN=file:///path (or another variable of
-                   [Server] SSRFEnvVariables) names, else /var/run/kmstoken
-      --group G    its group, by name or number: the users who may read the token (else that of
-                   the file that is replaced, or of this process)
+      --file F         the file; else the one that KMS_TOKEN=file:///path (or another variable
+                       of [Server] SSRFEnvVariables) names, else /var/run/kmstoken
+      --group G        its group, by name or number: the users who may read the token (else that
+                       of the file that is replaced, or of this process)
   -c, --config FILE    the agent's configuration, for SSRFEnvVariables; see 'kms-agent run --help'
-  -h, --help       print this
+  -h, --help           print this
 
 Exit codes: 0 there is a token, 1 failed, 2 wrong usage or configuration
 ";
