@@ -418,7 +418,9 @@ impl Broker {
             *began = now;
         }
         if reader.refresh_now || !has_stale {
-            let budget = *flight.budget.get_or_insert_with(|| Budget::from(now));
+            // Whoever waits already, and had a stale value when they came, began to wait with the try at the latest.
+            let began = flight.began().filter(|_| !flight.readers.is_empty()).unwrap_or(now);
+            let budget = *flight.budget.get_or_insert_with(|| Budget::from(began));
             if let Phase::Pausing { until } = &mut flight.phase {
                 if flight.not_before >= budget.until {
                     // The server asked for a pause that outlasts the reader's patience.

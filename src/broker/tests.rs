@@ -317,6 +317,18 @@ fn eight_seconds_also_for_who_sees_the_stale_value_die() {
 }
 
 #[test]
+fn who_joins_after_the_stale_value_died_does_not_lengthen_anybody_s_wait() {
+    let mut rig = Rig::new();
+    rig.cached("db");
+    rig.sleep_ms(1_099_500);
+    assert_eq!(rig.ask("/v1/db"), None);
+    rig.sleep_ms(600);
+    assert_eq!(rig.ask("/v1/db"), None);
+    rig.sleep_ms(7_400);
+    assert_eq!(rig.take_answers(), ["504 UpstreamTimeout"; 2]);
+}
+
+#[test]
 fn a_refusal_drops_the_value_and_is_remembered_for_five_seconds() {
     let mut rig = Rig::new();
     rig.cached("db");
