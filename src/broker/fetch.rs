@@ -2,7 +2,7 @@
 //! those who wait.
 
 use super::answer::{self, Content, Failure, XCache};
-use super::flight::{Budget, Flight, FlightId, Phase};
+use super::flight::{Flight, FlightId, Phase};
 use super::{Broker, Output, Refreshed, UPSTREAM_CALLS_MAX};
 use crate::cache::{Key, KeyRef, Lookup, REFUSAL_LIFE, UNWELCOME_LIFE};
 use crate::call::{Call, CallError, CallErrorKind, CallId, Service};
@@ -434,10 +434,9 @@ impl Broker {
         flight.readers.append(&mut flight.next_round);
         let pause = retry::backoff(flight.failures, retry::BACKOFF_CAP, &mut self.random);
         if !flight.readers.is_empty() {
-            let began = flight.began().unwrap_or(now);
-            let budget = flight.budget.get_or_insert_with(|| Budget::from(began));
-            budget.tries_left = budget.tries_left.saturating_sub(1);
             let until = now.after(pause.min(retry::BACKOFF_BASE * 2)).max(flight.not_before);
+            let budget = flight.budget_of_readers(now);
+            budget.tries_left = budget.tries_left.saturating_sub(1);
             if retryable && budget.tries_left > 0 && until < budget.until {
                 flight.phase = Phase::Pausing { until };
                 return self.put_back(id, flight, now);

@@ -49,8 +49,7 @@ pub(super) struct Budget {
 
 impl Budget {
     /// A fresh one.
-    #[must_use]
-    pub(super) fn from(now: Mono) -> Budget {
+    fn from(now: Mono) -> Budget {
         Budget { until: now.after(retry::READER_BUDGET), tries_left: retry::TRIES_MAX }
     }
 }
@@ -100,6 +99,13 @@ impl Flight {
             clock_corrected: false,
             background: false,
         }
+    }
+
+    /// The budget of those who wait, begun if there is none: with the try where somebody waits already, for who came
+    /// while there was a stale value began to wait with the try at the latest; else now.
+    pub(super) fn budget_of_readers(&mut self, now: Mono) -> &mut Budget {
+        let began = self.began().filter(|_| !self.readers.is_empty()).unwrap_or(now);
+        self.budget.get_or_insert_with(|| Budget::from(began))
     }
 
     /// When the present try began; `None` in a pause.

@@ -29,7 +29,7 @@ use crate::secret::Secret;
 use crate::time::{Mono, Now};
 use answer::{Content, Failure, Manner, Writer, XCache};
 use circuit::Circuit;
-use flight::{Budget, Flight, FlightId, Phase, Reader};
+use flight::{Flight, FlightId, Phase, Reader};
 use gate::{Denial, Question, Route};
 use hashbrown::HashMap;
 use status::{Health, Status};
@@ -418,9 +418,7 @@ impl Broker {
             *began = now;
         }
         if reader.refresh_now || !has_stale {
-            // Whoever waits already, and had a stale value when they came, began to wait with the try at the latest.
-            let began = flight.began().filter(|_| !flight.readers.is_empty()).unwrap_or(now);
-            let budget = *flight.budget.get_or_insert_with(|| Budget::from(began));
+            let budget = *flight.budget_of_readers(now);
             if let Phase::Pausing { until } = &mut flight.phase {
                 if flight.not_before >= budget.until {
                     // The server asked for a pause that outlasts the reader's patience.
@@ -583,8 +581,7 @@ impl Broker {
         let has_stale = self.cache.servable(flight.key.as_ref(), now).is_some();
         if !has_stale && !flight.readers.is_empty() {
             // Whoever came while there was a stale value has nothing to fall back on once that is dead.
-            let began = flight.began().unwrap_or(now);
-            flight.budget.get_or_insert_with(|| Budget::from(began));
+            flight.budget_of_readers(now);
         }
         self.flight_floor = self.flight_floor.min(flight.next_deadline(has_stale));
         self.flights.insert(id, flight);
@@ -599,7 +596,7 @@ impl Broker {
         if !flight.next_round.is_empty() {
             let (id, mut next) = self.new_flight(flight.key, now);
             next.readers = flight.next_round;
-            next.budget = Some(Budget::from(now));
+            next.budget_of_readers(now);
             self.put_back(id, next, now);
         }
     }
