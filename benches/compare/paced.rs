@@ -49,15 +49,16 @@ fn main() {
         })
         .collect();
 
+    let due_at = |number: usize| Duration::from_secs_f64(number as f64 / rate);
     let total = (rate * lasts.as_secs_f64()) as usize;
     let mut took: Vec<u32> = Vec::with_capacity(total);
     let mut events = Events::with_capacity(connections);
     let (began, mut next) = (Instant::now(), 0_usize);
     while took.len() < total {
         let now = began.elapsed();
-        while next < total && Duration::from_secs_f64(next as f64 / rate) <= now {
+        while next < total && due_at(next) <= now {
             let client = &mut clients[next % connections];
-            client.due.push_back(Duration::from_secs_f64(next as f64 / rate));
+            client.due.push_back(due_at(next));
             client.ask(request.as_bytes());
             next += 1;
         }
