@@ -29,7 +29,7 @@
 //! (some ten minutes). The smaller fleet's figures fluctuate more: 15 % around a wave's mean instead of 5 %.
 
 use kms_agent::broker::answer::XCache;
-use kms_agent::broker::{Asked, Broker, ClientId, Output};
+use kms_agent::broker::{Broker, ClientId, Disposition, Output};
 use kms_agent::call::{Call, CallError, CallId, Service};
 use kms_agent::config::{Config, HostPort};
 use kms_agent::http::request::{Parsed, header_room, parse};
@@ -226,10 +226,10 @@ impl Fleet {
         self.scratch.clear();
         let client = ClientId(u64::from(host) * SECRETS as u64 + u64::from(secret));
         match it.broker.ask(client, &request, false, false, now, &mut self.scratch) {
-            Asked::Answered(done) => {
+            Disposition::Answered(done) => {
                 self.answered(host, secret, done.status, done.x_cache);
             }
-            Asked::Waiting => {
+            Disposition::Waiting => {
                 it.asked_us[usize::from(secret)] = self.now_us;
                 self.second().waited += 1;
             }

@@ -70,7 +70,7 @@ pub struct Answer {
 
 /// What became of a request.
 #[derive(Debug)]
-pub enum Asked {
+pub enum Disposition {
     /// The reply is written.
     Answered(Done),
     /// The reply comes as an [`Output::Answer`].
@@ -223,7 +223,7 @@ impl Broker {
         busy: bool,
         now: Now,
         out: &mut Vec<u8>,
-    ) -> Asked {
+    ) -> Disposition {
         self.writer.set_time(now.unix_s);
         let persistence = match (request.keep_alive && !last && !busy && !self.draining, request.http10) {
             (false, _) => Persistence::Close,
@@ -234,22 +234,22 @@ impl Broker {
         match gate::pass(request, &self.server, &self.token, busy) {
             Ok(Route::Ping) => {
                 self.writer.healthy(out, manner);
-                Asked::Answered(self.done(Outcome::Ping, persistence))
+                Disposition::Answered(self.done(Outcome::Ping, persistence))
             }
             Ok(Route::Metrics) => {
                 let done = self.done(Outcome::Metrics, persistence);
                 self.writer.metrics(out, &self.metrics.render(&self.gauges()), manner);
-                Asked::Answered(done)
+                Disposition::Answered(done)
             }
             Ok(Route::Status) => {
                 self.writer.status(out, &self.status(now), manner);
-                Asked::Answered(self.done(Outcome::Status, persistence))
+                Disposition::Answered(self.done(Outcome::Status, persistence))
             }
             Ok(Route::Secret(question)) => {
                 manner.kv = question.kv;
                 self.ask_secret(client, &question, manner, now.mono, out)
             }
-            Err(denial) => Asked::Answered(self.deny(denial, manner, out)),
+            Err(denial) => Disposition::Answered(self.deny(denial, manner, out)),
         }
     }
 
@@ -329,14 +329,14 @@ impl Broker {
         manner: Manner,
         now: Mono,
         out: &mut Vec<u8>,
-    ) -> Asked {
+    ) -> Disposition {
         let key =
             KeyRef::new(&question.id, question.version_id.as_deref(), question.version_stage.as_deref());
         let reader = Reader { client, manner, refresh_now: question.refresh_now };
         if question.refresh_now {
             self.metrics.count_lookup(Looked::Bypass);
             if let Some(content) = self.just_refreshed(key, now) {
-                return Asked::Answered(self.write(&content, manner, now, out));
+                return Disposition::Answered(self.write(&content, manner, now, out));
             }
             return self.join(key, reader, now, out);
         }
@@ -349,12 +349,17 @@ impl Broker {
                 if refresh {
                     self.refresh(key.to_owned(), now);
                 }
-                Asked::Answered(Done { status: 200, x_cache: Some(XCache::Hit), code: None, persistence })
+                Disposition::Answered(Done {
+                    status: 200,
+                    x_cache: Some(XCache::Hit),
+                    code: None,
+                    persistence,
+                })
             }
             Lookup::Refused(error) => {
                 self.metrics.count_lookup(Looked::Refused);
                 let content = Content::Failure(Rc::new(Failure::from_kms(error)));
-                Asked::Answered(self.write(&content, manner, now, out))
+                Disposition::Answered(self.write(&content, manner, now, out))
             }
             Lookup::Expired(value) => {
                 self.metrics.count_lookup(Looked::Expired);
@@ -363,7 +368,7 @@ impl Broker {
                     return self.join(key, reader, now, out);
                 }
                 self.refresh(key.to_owned(), now);
-                Asked::Answered(self.write(&content, manner, now, out))
+                Disposition::Answered(self.write(&content, manner, now, out))
             }
             Lookup::Absent => {
                 self.metrics.count_lookup(Looked::Miss);
@@ -392,14 +397,14 @@ impl Broker {
     }
 
     /// Makes the reader wait for the key's flight, which is begun if there is none.
-    fn join(&mut self, key: KeyRef<'_>, reader: Reader, now: Mono, out: &mut Vec<u8>) -> Asked {
+    fn join(&mut self, key: KeyRef<'_>, reader: Reader, now: Mono, out: &mut Vec<u8>) -> Disposition {
         let has_stale = self.cache.servable(key, now).is_some();
         let (id, mut flight) = match self.take_flight(key) {
             Some(taken) => taken,
             None if self.flights.len() >= FLIGHTS_MAX => {
                 let failure =
                     Failure::ours(502, "UpstreamUnreachable", "too many secrets are being fetched at once");
-                return Asked::Answered(self.write(
+                return Disposition::Answered(self.write(
                     &Content::Failure(Rc::new(failure)),
                     reader.manner,
                     now,
@@ -426,7 +431,12 @@ impl Broker {
                         flight.last_failure.clone().unwrap_or_else(|| Rc::new(self.no_reply(&flight, now)));
                     flight.budget = None;
                     self.put_back(id, flight, now);
-                    return Asked::Answered(self.write(&Content::Failure(failure), reader.manner, now, out));
+                    return Disposition::Answered(self.write(
+                        &Content::Failure(failure),
+                        reader.manner,
+                        now,
+                        out,
+                    ));
                 }
                 if flight.readers.is_empty() {
                     // It paused behind the scenes; somebody waits now. Where others wait already the pause is
@@ -442,7 +452,7 @@ impl Broker {
         }
         self.put_back(id, flight, now);
         self.advance(now);
-        Asked::Waiting
+        Disposition::Waiting
     }
 
     /// Fetches a key behind the scenes, unless that is under way.

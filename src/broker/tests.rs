@@ -58,8 +58,8 @@ impl Rig {
         let asked = self.broker.ask(ClientId(self.next_client), &request, false, false, self.now, &mut out);
         self.settle();
         match asked {
-            Asked::Answered(_) => Some(summary(&out)),
-            Asked::Waiting => None,
+            Disposition::Answered(_) => Some(summary(&out)),
+            Disposition::Waiting => None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The clients' side of the loop: accept, read, ask, write, close.
 
 use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server, wipe};
-use crate::broker::{Answer, Asked, ClientId, Done};
+use crate::broker::{Answer, ClientId, Disposition, Done};
 use crate::buf::Buf;
 use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, READ_BYTES, State};
 use crate::http::request::{Parsed, Request, asks_for_head, header_room, parse};
@@ -333,7 +333,7 @@ impl<N: Net> Server<N> {
                     let last = ended && used == bytes.len();
                     let busy = conn.reserve && !self.promote(conn);
                     match self.broker.ask(ClientId(token.to_bits()), &request, last, busy, self.now, out) {
-                        Asked::Waiting => {
+                        Disposition::Waiting => {
                             let shown = if log::log_enabled!(log::Level::Debug) {
                                 Shown(&request).to_string()
                             } else {
@@ -342,7 +342,7 @@ impl<N: Net> Server<N> {
                             let pending = Pending { shown: shown.into(), since: self.now.mono };
                             return (used, End::Waiting(pending));
                         }
-                        Asked::Answered(done) => {
+                        Disposition::Answered(done) => {
                             self.log_request(format_args!("{}", Shown(&request)), &done, self.now.mono);
                             if done.persistence == Persistence::Close {
                                 // A body, or more requests, may be on their way.
