@@ -38,7 +38,7 @@ impl Mono {
 }
 
 /// The time of one tick of the event loop: both clocks, read together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Now {
     /// The monotonic clock: deadlines, ages, life times.
     pub mono: Mono,

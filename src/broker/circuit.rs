@@ -9,73 +9,81 @@ use crate::time::Mono;
 /// So many different secrets have to fail, with no reply between, before KMS counts as down.
 const SECRETS_TO_OPEN: usize = 3;
 
-/// Closed: calls go out as they come. Open: one probe at a time.
-#[derive(Debug, Default)]
-pub(super) struct Circuit {
-    /// The secrets that failed since the last reply; at most [`SECRETS_TO_OPEN`].
-    failed: Vec<Box<str>>,
-    /// Probes that failed since it opened, and the failure that opened it.
-    failures: u32,
-    /// When it was last seen to fail.
-    failed_last: Mono,
-    /// When the next probe may go out for a background refresh.
-    probe_at: Mono,
-    /// The same for a reader who waits: sooner, so that recovery is noticed by the first who asks.
-    probe_for_reader_at: Mono,
+/// Whether KMS counts as down.
+#[derive(Debug)]
+pub(super) enum Circuit {
+    /// Calls go out as they come. Fewer than [`SECRETS_TO_OPEN`] secrets have failed since the last reply.
+    Closed { failed: Vec<Box<str>> },
+    /// One probe at a time goes out, the next one for a refresh behind the scenes at `probe_at`. `failures` are those
+    /// of probes, and the one that opened it; `failed_last` is the time of the last failure of any call.
+    Open { failed: Vec<Box<str>>, failures: u32, failed_last: Mono, probe_at: Mono },
+}
+
+impl Default for Circuit {
+    fn default() -> Circuit {
+        Circuit::Closed { failed: Vec::new() }
+    }
 }
 
 impl Circuit {
-    /// Whether KMS counts as down.
-    #[must_use]
     pub(super) fn is_open(&self) -> bool {
-        self.failed.len() >= SECRETS_TO_OPEN
+        matches!(self, Circuit::Open { .. })
     }
 
-    /// Whether it is open by news that is not old: where nobody asked for a while, nobody knows.
-    #[must_use]
+    /// Whether it is open by news that is not old. Without calls for a while nothing is known of KMS.
     pub(super) fn is_known_open(&self, now: Mono) -> bool {
-        self.is_open() && now < self.failed_last.after(retry::BACKOFF_CAP)
+        matches!(self, Circuit::Open { failed_last, .. } if now < failed_last.after(retry::BACKOFF_CAP))
     }
 
     /// A call for `key` failed without a reply that shows KMS at work. `true`: this opened the circuit.
     pub(super) fn on_failure(&mut self, key: KeyRef<'_>, now: Mono, random: &mut Random) -> bool {
-        let was_open = self.is_open();
-        self.failed_last = now;
-        if !was_open && !self.has_failed(key) {
-            self.failed.push(bare_name(key.id).into());
-        }
-        if self.is_open() {
-            // What fails before a probe was due had begun before: it says nothing about the next one.
-            if !was_open || now >= self.probe_at {
-                self.failures = self.failures.saturating_add(1);
-                self.probe_at = now.after(retry::backoff(self.failures, retry::BACKOFF_CAP, random));
+        let is_new = !self.has_failed(key);
+        match self {
+            Circuit::Closed { failed } => {
+                if is_new {
+                    failed.push(bare_name(key.id).into());
+                }
+                if failed.len() < SECRETS_TO_OPEN {
+                    return false;
+                }
+                let probe_at = now.after(retry::backoff(1, retry::BACKOFF_CAP, random));
+                let failed = std::mem::take(failed);
+                *self = Circuit::Open { failed, failures: 1, failed_last: now, probe_at };
+                true
             }
-            self.probe_for_reader_at = self.probe_at.min(now.after(retry::BACKOFF_BASE));
+            Circuit::Open { failures, failed_last, probe_at, .. } => {
+                *failed_last = now;
+                // What fails before a probe was due had begun before: it says nothing about the next one.
+                if now >= *probe_at {
+                    *failures = failures.saturating_add(1);
+                    *probe_at = now.after(retry::backoff(*failures, retry::BACKOFF_CAP, random));
+                }
+                false
+            }
         }
-        self.is_open() && !was_open
     }
 
-    /// Whether this secret is one of those that opened it, whichever of its versions was asked for.
-    #[must_use]
+    /// Whether this secret failed before the circuit opened, and after KMS's last reply, whichever of its versions was
+    /// asked for.
     pub(super) fn has_failed(&self, key: KeyRef<'_>) -> bool {
-        self.failed.iter().any(|name| **name == *bare_name(key.id))
+        let (Circuit::Closed { failed } | Circuit::Open { failed, .. }) = self;
+        failed.iter().any(|name| **name == *bare_name(key.id))
     }
 
     /// KMS replied. `true`: this closed the circuit.
     pub(super) fn on_reply(&mut self) -> bool {
-        let was_open = self.is_open();
-        self.failed.clear();
-        self.failures = 0;
-        was_open
+        matches!(std::mem::take(self), Circuit::Open { .. })
     }
 
-    /// From when on a try may begin, for a waiting reader or behind the scenes.
-    #[must_use]
-    pub(super) fn open_until(&self, for_reader: bool) -> Mono {
-        match (self.is_open(), for_reader) {
-            (false, _) => Mono::default(),
-            (true, true) => self.probe_for_reader_at,
-            (true, false) => self.probe_at,
+    /// From when on a try may begin. For a waiting reader that is soon after the last failure, so that recovery is
+    /// noticed by the first who asks.
+    pub(super) fn next_try_at(&self, for_reader: bool) -> Mono {
+        match self {
+            Circuit::Closed { .. } => Mono::default(),
+            Circuit::Open { failed_last, probe_at, .. } if for_reader => {
+                (*probe_at).min(failed_last.after(retry::BACKOFF_BASE))
+            }
+            Circuit::Open { probe_at, .. } => *probe_at,
         }
     }
 }
@@ -99,12 +107,12 @@ mod tests {
             !circuit.on_failure(KeyRef::new("c", Some("1"), None), now, &mut Random::from_seed(1)),
             "the same secret"
         );
-        assert_eq!(circuit.open_until(true), Mono::default());
+        assert_eq!(circuit.next_try_at(true), Mono::default());
         assert!(fail(&mut circuit, "d") && circuit.is_open());
         assert!(!fail(&mut circuit, "e"), "it is open already");
         assert!(circuit.is_known_open(now) && !circuit.is_known_open(now.after(retry::BACKOFF_CAP)));
-        assert!(circuit.open_until(true) <= now.after(retry::BACKOFF_BASE));
-        assert!(circuit.open_until(true) <= circuit.open_until(false));
+        assert!(circuit.next_try_at(true) <= now.after(retry::BACKOFF_BASE));
+        assert!(circuit.next_try_at(true) <= circuit.next_try_at(false));
         assert!(circuit.on_reply() && !circuit.is_open());
     }
 
@@ -115,11 +123,11 @@ mod tests {
         for id in ["a", "b", "c", "d", "e", "f", "g", "h"] {
             circuit.on_failure(KeyRef::current(id), now, &mut random);
         }
-        assert!(circuit.open_until(false) <= now.after(retry::BACKOFF_BASE));
+        assert!(circuit.next_try_at(false) <= now.after(retry::BACKOFF_BASE));
         for _ in 0..10 {
-            let now = circuit.open_until(false);
+            let now = circuit.next_try_at(false);
             circuit.on_failure(KeyRef::current("a"), now, &mut random);
         }
-        assert!(circuit.failures == 11, "probes do");
+        assert!(matches!(circuit, Circuit::Open { failures: 11, .. }), "probes do");
     }
 }

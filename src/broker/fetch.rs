@@ -1,143 +1,154 @@
-//! A fetch's way: its turn in the queue, credentials, the call, its outcome, and what a failure means to
-//! those who wait.
+//! A fetch's way: its turn in the queue, credentials, the call, its outcome, and what a failure means to the
+//! readers who wait.
 
+use super::access::CALL_LIFE;
 use super::answer::{self, Content, Failure, XCache};
-use super::flight::{Flight, FlightId, Phase};
-use super::{Broker, Output, Refreshed, UPSTREAM_CALLS_MAX};
-use crate::cache::{Key, KeyRef, Lookup, REFUSAL_LIFE, UNWELCOME_LIFE};
-use crate::call::{Call, CallError, CallErrorKind, CallId, Service};
-use crate::config::HostPort;
+use super::flights::{Flight, FlightId, Phase, Reader, UPSTREAM_CALLS_MAX};
+use super::{Answer, Broker, Output};
+use crate::cache::{Cache, Key, KeyRef, Lookup, REFUSAL_LIFE, UNWELCOME_LIFE, Value};
+use crate::call::{Call, CallError, CallId, Service};
 use crate::http::response::Response;
-use crate::identity::{IdentityError, Question, Standing};
+use crate::identity::{Identity, Standing};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::sign::Credentials;
 use crate::kms::{request as kms_request, retry};
-use crate::log::{LeftOut, RateLimit, escape};
-use crate::metrics::CallResult;
+use crate::metrics::Lookup as Looked;
 use crate::time::{Mono, Now};
-use std::fmt::Display;
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Of the calls to KMS, so many may be refreshes that nobody waits for.
-const BACKGROUND_CALLS_MAX: usize = 4;
-/// A call that nobody's budget cuts short: all its stages together, a second address included.
-const CALL_LIFE: Duration = Duration::from_secs(15);
-
 impl Broker {
+    /// What a reader is told without KMS, if anything.
+    pub(super) fn look_up(&mut self, key: KeyRef<'_>, now: Mono) -> Option<Content> {
+        let (lookup, content, refresh) = match self.cache.lookup(key, now) {
+            Lookup::Fresh { value, refresh } => (Looked::Hit, Some(from_cache(value, now)), refresh),
+            Lookup::Refused(error) => {
+                (Looked::Refused, Some(Content::Failure(Rc::new(Failure::from_kms(error)))), false)
+            }
+            Lookup::Expired(value) => {
+                let content = from_cache(value, now);
+                // Where the last try for this key has failed, or KMS is down as a whole, the reader need not wait.
+                let flight = self.flights.find(key).and_then(|id| self.flights.get(id));
+                let is_failing =
+                    flight.is_some_and(|flight| flight.failures.is_some()) || self.circuit.is_known_open(now);
+                (Looked::Expired, is_failing.then_some(content), is_failing)
+            }
+            Lookup::Absent => (Looked::Miss, None, false),
+        };
+        self.metrics.count_lookup(lookup);
+        if refresh {
+            self.refresh(key.to_owned(), now);
+        }
+        content
+    }
+
+    /// What a `refreshNow` reader is told without KMS: what the last such fetch of this key gave, if that was a
+    /// moment ago.
+    pub(super) fn just_refreshed(&mut self, key: KeyRef<'_>, now: Mono) -> Option<Content> {
+        self.metrics.count_lookup(Looked::Bypass);
+        match self.refreshes.recent(key, now)? {
+            Ok(()) => {
+                let value = self.cache.servable(key, now).filter(|value| now < value.span.expires)?;
+                Some(from_cache(value, now))
+            }
+            Err(failure) => Some(Content::Failure(Rc::clone(failure))),
+        }
+    }
+
+    /// Makes the reader wait for the key's flight, which begins if there is none; or says why it need not wait.
+    pub(super) fn join(&mut self, key: KeyRef<'_>, reader: Reader, now: Mono) -> Option<Content> {
+        let has_value = self.cache.servable(key, now).is_some();
+        if let Err(failure) = self.flights.join(key, reader, has_value, now) {
+            return Some(Content::Failure(failure));
+        }
+        self.advance(now);
+        None
+    }
+
+    /// Fetches a key behind the scenes, unless that is under way.
+    pub(super) fn refresh(&mut self, key: Key, now: Mono) {
+        if self.flights.find(key.as_ref()).is_none() && self.flights.begin(key, true, now).is_some() {
+            self.metrics.refreshes += 1;
+            self.advance(now);
+        }
+    }
+
     /// Asks what the identity wants to know, and starts queued flights as far as they may.
     pub(super) fn advance(&mut self, now: Mono) {
-        self.queue_due = Mono::NEVER;
+        self.flights.queue_due = Mono::NEVER;
         loop {
-            if self.identity_call.is_none()
-                && let Some(Question { service, origin }) = self.identity.poll(now)
-            {
-                let id = self.next_call_id();
-                self.identity_call = Some(id);
-                let deadline = now.after(CALL_LIFE);
-                self.outputs.push_back(Output::Call(Call { id, service, origin, deadline }));
+            if let Some(call) = self.access.poll_call(now, || self.flights.next_call_id()) {
+                self.outputs.push_back(Output::Call(call));
             }
-            if let Some(outcome) = self.identity.poll_outcome() {
-                self.on_credentials(outcome, now);
+            if let Some(outcome) = self.access.identity.poll_outcome() {
+                let fetches = &mut self.metrics.credential_fetches;
+                fetches.ok += u64::from(outcome.is_ok());
+                fetches.failed += u64::from(outcome.is_err());
+                self.health.on_credentials(outcome, &self.access.identity, now);
             }
-            let calls_max = if self.circuit.is_open() { 1 } else { UPSTREAM_CALLS_MAX };
-            if self.calls.len() >= calls_max {
-                return;
-            }
-            let Some((id, flight)) = self.next_in_queue(now) else { return };
-            match self.identity.standing(now) {
+            let Some(id) = self.next_turn(now) else { return };
+            match self.access.identity.standing(now) {
                 Standing::Ready(credentials) => {
                     let credentials = Rc::clone(credentials);
-                    self.start(id, flight, credentials, now);
+                    self.start(id, credentials, now);
                 }
                 Standing::Pending => {
-                    self.queue.push_front(id);
-                    self.flights.insert(id, flight);
-                    if self.identity_call.is_some() {
+                    self.flights.move_to_front(id);
+                    if self.access.call.is_some() {
                         return;
                     }
                     // The need for them has just set a fetch going: once more around to ask.
                 }
                 Standing::Failed { error, retry_at } => {
-                    self.credentials_health.fails(error, now);
+                    self.health.credentials.fails(error, now);
                     let failure = Failure::no_credentials(error, retry_at.since(now));
-                    self.on_setback(id, flight, Setback::lasting(failure), now);
+                    self.on_try_failed(id, TryFailure::lasting(failure), now);
                 }
             }
         }
     }
 
-    /// Takes the flight whose turn it is: those that somebody waits for first.
-    fn next_in_queue(&mut self, now: Mono) -> Option<(FlightId, Flight)> {
-        let waited_for =
-            |id: &FlightId| self.flights.get(id).is_some_and(|flight| !flight.readers.is_empty());
+    /// The flight whose turn it is, those that a reader waits for first. Where it has to wait, the queue is due then.
+    fn next_turn(&mut self, now: Mono) -> Option<FlightId> {
+        let is_open = self.circuit.is_open();
+        if self.flights.calls() >= if is_open { 1 } else { UPSTREAM_CALLS_MAX } {
+            return None;
+        }
+        let waited_for = |flight: &Flight| !flight.readers.is_empty();
         // With the circuit open, one that has not failed shows best whether KMS is there.
-        let fresh = |id: &FlightId| {
-            self.flights.get(id).is_some_and(|flight| !self.circuit.has_failed(flight.key.as_ref()))
-        };
-        let hopeful = self.queue.iter().position(|id| waited_for(id) && fresh(id));
-        let foreground = match hopeful {
-            Some(position) if self.circuit.is_open() => Some(position),
-            _ => self.queue.iter().position(waited_for),
-        };
-        let position = match foreground {
-            Some(position) => {
-                let at = self.circuit.open_until(true);
-                if now < at {
-                    self.queue_due = at;
-                    return None;
-                }
-                position
-            }
-            None if self.queue.is_empty() || self.background_calls() >= self.background_calls_max() => {
-                return None;
-            }
+        let hopeful = |flight: &Flight| waited_for(flight) && !self.circuit.has_failed(flight.key());
+        let hopeful = if is_open { self.flights.first_queued(hopeful) } else { None };
+        let foreground = hopeful.or_else(|| self.flights.first_queued(waited_for));
+        let (id, at) = match foreground {
+            Some(id) => (id, self.circuit.next_try_at(true)),
+            None if self.flights.background_calls() >= self.throttle.background_calls_max() => return None,
             None => {
-                let at = self.circuit.open_until(false).max(self.throttled_until);
-                if now < at {
-                    self.queue_due = at;
-                    return None;
-                }
-                0
+                let id = self.flights.first_queued(|_| true)?;
+                (id, self.circuit.next_try_at(false).max(self.throttle.next_try_at()))
             }
         };
-        let id = self.queue.remove(position)?;
-        self.flights.remove(&id).map(|flight| (id, flight))
-    }
-
-    fn background_calls_max(&self) -> usize {
-        if self.throttled > 0 { 1 } else { BACKGROUND_CALLS_MAX }
-    }
-
-    fn background_calls(&self) -> usize {
-        let nobody_waits = |id| self.flights.get(id).is_some_and(|flight: &Flight| flight.readers.is_empty());
-        self.calls.iter().filter(|(_, id, _)| nobody_waits(id)).count()
-    }
-
-    fn start(&mut self, id: FlightId, mut flight: Flight, credentials: Rc<Credentials>, now: Mono) {
-        if let (None, Some(region)) = (&self.endpoint, self.identity.region()) {
-            let endpoint = HostPort::kms_in(region);
-            log::info!("KMS endpoint: {endpoint}, from the region that the metadata service names");
-            self.endpoint = Some(Rc::new(endpoint));
+        if now < at {
+            self.flights.queue_due = at;
+            return None;
         }
-        let Some(origin) = self.endpoint.clone() else {
+        Some(id)
+    }
+
+    fn start(&mut self, id: FlightId, credentials: Rc<Credentials>, now: Mono) {
+        let Some(origin) = self.access.endpoint() else {
             let failure = Failure::no_credentials(&"the region is not known yet", Duration::from_secs(1));
-            return self.on_setback(id, flight, Setback::lasting(failure), now);
+            return self.on_try_failed(id, TryFailure::lasting(failure), now);
         };
-        let call = self.next_call_id();
-        let falls_back = self.cache.servable(flight.key.as_ref(), now).is_some();
-        let deadline = now.after(CALL_LIFE);
-        let deadline = match flight.budget {
-            Some(budget) if !falls_back => deadline.min(budget.until),
-            _ => deadline,
-        };
-        // A refresh that was held back begins only now.
-        let began = flight.began().filter(|_| !flight.readers.is_empty()).unwrap_or(now);
-        let for_refresh = flight.readers.iter().any(|reader| reader.refresh_now);
-        flight.phase = Phase::Calling { began, credentials, for_refresh };
-        self.calls.push((call, id, now));
+        let has_value = self.has_value(id, now);
+        let budget = self.flights.get(id).and_then(|flight| flight.budget).filter(|_| !has_value);
+        let deadline = budget.map_or(Mono::NEVER, |budget| budget.until).min(now.after(CALL_LIFE));
+        let call = self.flights.call_out(id, credentials, has_value, now);
         self.outputs.push_back(Output::Call(Call { id: call, service: Service::Kms, origin, deadline }));
-        self.put_back(id, flight, now);
+    }
+
+    fn has_value(&self, id: FlightId, now: Mono) -> bool {
+        self.flights.get(id).is_some_and(|flight| self.cache.servable(flight.key(), now).is_some())
     }
 
     /// Writes a call's request, signed now; its connection is ready to take it.
@@ -145,359 +156,279 @@ impl Broker {
     /// # Errors
     /// When the request cannot be made; nothing is to be sent then.
     pub fn write_request(&mut self, call: &Call, now: Now, out: &mut Vec<u8>) -> Result<(), CallError> {
-        if self.identity_call == Some(call.id) {
-            self.identity.write_request(out, now);
+        if self.access.call == Some(call.id) {
+            self.access.identity.write_request(out, now);
             return Ok(());
         }
-        let authority = call.origin.authority(call.service.default_port());
-        let flight = self.flight_of(call.id).and_then(|id| self.flights.get(&id));
-        let Some(Flight { key, phase: Phase::Calling { credentials, .. }, .. }) = flight else {
+        let flight = self.flights.called(call.id).and_then(|id| self.flights.get(id));
+        let Some((key, Phase::Calling { credentials, .. })) = flight.map(|it| (it.key(), it.phase())) else {
             return Err(CallError::unreachable("ask", &call.origin, "nobody wants this any more"));
         };
-        let KeyRef { id, version_id, version_stage } = key.as_ref();
-        let unix_s = now.unix_s.saturating_add(self.clock_offset_s);
-        let nonce = self.random.next_u128().to_be_bytes();
         kms_request::get_secret_value(
             out,
-            &authority,
-            id,
-            version_id,
-            version_stage,
+            &call.origin.authority(call.service.default_port()),
+            key.id,
+            key.version_id,
+            key.version_stage,
             credentials,
-            unix_s,
-            &nonce,
+            self.access.on_kms_clock(now).unix_s,
+            &self.random.next_u128().to_be_bytes(),
         )
         .map_err(|error| CallError::unreachable("ask", &call.origin, error))
     }
 
-    fn flight_of(&self, call: CallId) -> Option<FlightId> {
-        self.calls.iter().find(|(id, ..)| *id == call).map(|(_, flight, _)| *flight)
-    }
-
-    /// A fetch of credentials has ended.
-    fn on_credentials(&mut self, outcome: Result<(), IdentityError>, now: Mono) {
-        match outcome {
-            Ok(()) => {
-                self.metrics.credential_fetches.ok += 1;
-                self.credentials_expire_unix_s = self.identity.expires_unix_s();
-                self.credentials_health.works(now);
-            }
-            Err(error) => {
-                self.metrics.credential_fetches.failed += 1;
-                if self.identity.is_ready(now) && self.credentials_health.is_well() {
-                    self.credentials_health.notes(error);
-                } else {
-                    self.credentials_health.fails(error, now);
-                }
-            }
-        }
-    }
-
     /// Takes the outcome of a call.
     pub fn on_called(&mut self, call: CallId, outcome: Result<Response, CallError>, now: Now) {
-        if self.identity_call == Some(call) {
-            self.identity_call = None;
-            self.identity.on_answer(outcome.as_ref(), now);
-        } else if let Some(position) = self.calls.iter().position(|(it, ..)| *it == call) {
-            let (_, id, since) = self.calls.swap_remove(position);
-            if let Some(flight) = self.flights.remove(&id) {
-                self.on_fetched(id, flight, outcome, now.mono.since(since), now);
-            }
+        if self.access.call == Some(call) {
+            self.access.call = None;
+            self.access.identity.on_answer(outcome.as_ref(), now);
+        } else if let Some(id) = self.flights.called(call) {
+            self.on_fetched(id, outcome, now);
         }
         self.advance(now.mono);
     }
 
-    fn on_fetched(
-        &mut self,
-        id: FlightId,
-        mut flight: Flight,
-        outcome: Result<Response, CallError>,
-        call_took: Duration,
-        now: Now,
-    ) {
-        let (began, used) = match &flight.phase {
-            Phase::Calling { began, credentials, .. } => (*began, Rc::clone(credentials)),
-            _ => return self.put_back(id, flight, now.mono),
-        };
-        let took_ms = now.mono.since(began).as_millis();
-        let on_kms_clock = Now { unix_s: now.unix_s.saturating_add(self.clock_offset_s), ..now };
+    fn on_fetched(&mut self, id: FlightId, outcome: Result<Response, CallError>, now: Now) {
+        let Some(flight) = self.flights.get(id) else { return };
+        let Phase::Calling { called, .. } = flight.phase() else { return };
+        let took = now.mono.since(*called);
         let reply = match outcome {
-            Ok(response) => {
-                let reply = reply::parse(flight.key.as_ref().id, response, on_kms_clock.unix_s);
-                self.log_reply(&flight.key, &reply, took_ms, now.mono);
-                self.note_reply(&reply, call_took, now.mono);
-                reply
-            }
+            Ok(response) => reply::parse(flight.key().id, response, self.access.on_kms_clock(now).unix_s),
             Err(error) => {
-                let what = format_args!("{error}");
-                log_failure(&mut self.failures_logged, &flight.key, &what, took_ms, now.mono);
-                let reached = error.reached;
-                self.note_call_error(&error, call_took, now.mono);
-                let setback = Setback { reached, ..Setback::passing(Failure::from_call(error), now.mono) };
-                return self.on_down(id, flight, setback, now.mono);
+                self.metrics.count_call(self.health.on_call_error(flight, &error, now.mono), took);
+                return self.on_down(id, TryFailure::from_call(error, now.mono), now.mono);
             }
         };
+        self.metrics.count_call(self.health.on_reply(flight, &reply, now.mono), took);
         if !matches!(reply, Reply::CredentialsRefused(_)) {
-            self.identity.accepted();
+            self.access.identity.accepted();
         }
         if !matches!(reply, Reply::Transient { .. }) && self.circuit.on_reply() {
             log::info!("KMS replies again");
         }
         match reply {
-            Reply::Value(value) => {
-                self.throttled = self.throttled.saturating_sub(1);
-                self.throttled_until = match self.throttled {
-                    0 => Mono::default(),
-                    throttled => {
-                        now.mono.after(retry::backoff(throttled, retry::BACKOFF_CAP, &mut self.random))
-                    }
-                };
-                let asked_id = flight.key.as_ref().id;
-                let body = Rc::new(answer::to_be_kept(self.server.response_type, asked_id, value.body));
-                let jitter = self.random.up_to(u64::from(self.refresh_jitter_per_mille));
-                let jitter = u32::try_from(jitter).unwrap_or(0);
-                let key = flight.key.clone();
-                let rotation = value.next_rotation_unix_s;
-                let span = self.cache.insert(key, Rc::clone(&body), rotation, on_kms_clock, jitter);
-                self.remember_refresh(&flight, None);
-                self.answer_all(std::mem::take(&mut flight.readers), |reader| {
-                    let x_cache = if reader.refresh_now { XCache::Refresh } else { XCache::Miss };
-                    Content::Secret(Rc::clone(&body), span, x_cache)
-                });
-                self.land(id, flight, now.mono);
-            }
-            Reply::Refused(error) => {
-                let failure = Rc::new(Failure::from_kms(&error));
-                self.cache.refuse(flight.key.clone(), Rc::new(error), REFUSAL_LIFE, now.mono);
-                self.remember_refresh(&flight, Some(&failure));
-                self.answer_all(std::mem::take(&mut flight.readers), |_| {
-                    Content::Failure(Rc::clone(&failure))
-                });
-                self.land(id, flight, now.mono);
-            }
+            Reply::Value(value) => self.on_value(id, value, now),
+            Reply::Refused(error) => self.on_refused(id, error, now.mono),
             Reply::Transient { error, retry_after_s } => {
-                let until = now.mono.after(retry::retry_after(retry_after_s));
-                self.on_down(id, flight, Setback::passing(Failure::from_kms(&error), until), now.mono);
+                self.on_down(id, TryFailure::from_kms(&error, retry_after_s, now.mono), now.mono);
             }
             Reply::Throttled { error, retry_after_s } => {
-                let until = now.mono.after(retry::retry_after(retry_after_s));
-                self.throttled = (self.throttled + 1).min(super::THROTTLED_MAX);
-                let pause = retry::backoff(self.throttled, retry::BACKOFF_CAP, &mut self.random);
-                self.throttled_until = now.mono.after(pause).max(until);
-                self.on_setback(id, flight, Setback::passing(Failure::from_kms(&error), until), now.mono);
+                let failure = TryFailure::from_kms(&error, retry_after_s, now.mono);
+                self.throttle.on_throttled(failure.not_before, now.mono, &mut self.random);
+                self.on_try_failed(id, failure, now.mono);
             }
-            Reply::CredentialsRefused(error) => {
-                if flight.renewed || !self.identity.refused(&used, now.mono) {
-                    return self.on_unwelcome(id, flight, error, now.mono);
-                }
-                flight.renewed = true;
-                self.again(id, flight, now.mono);
-            }
-            Reply::ClockSkew { error, server_unix_s } => match server_unix_s {
-                Some(theirs) if !flight.clock_corrected => {
-                    self.clock_offset_s = theirs.saturating_sub(now.unix_s);
-                    let (off_s, way) = (
-                        self.clock_offset_s.unsigned_abs(),
-                        if self.clock_offset_s > 0 { "behind" } else { "ahead of" },
-                    );
-                    log::warn!("this host's clock is {off_s} s {way} KMS's; signing with KMS's time");
-                    flight.clock_corrected = true;
-                    self.again(id, flight, now.mono);
-                }
-                _ => self.on_setback(id, flight, Setback::lasting(Failure::from_kms(&error)), now.mono),
-            },
-            Reply::SignatureRefused(error) => self.on_unwelcome(id, flight, error, now.mono),
+            Reply::CredentialsRefused(error) => self.on_credentials_refused(id, error, now.mono),
+            Reply::ClockSkew { error, server_unix_s } => self.on_clock_skew(id, &error, server_unix_s, now),
+            Reply::SignatureRefused(error) => self.on_unwelcome(id, error, now.mono),
             Reply::Invalid(what) => {
-                self.on_setback(id, flight, Setback::lasting(Failure::invalid_response(what)), now.mono);
+                self.on_try_failed(id, TryFailure::lasting(Failure::invalid_response(what)), now.mono);
             }
         }
     }
 
-    /// Counts a reply, and what it says of KMS's and the credentials' health: nothing of the secret.
-    fn note_reply(&mut self, reply: &Reply, took: Duration, now: Mono) {
-        let named = |error: &KmsError| format!("KMS answered {} {}", error.status, error.code);
-        let result = match reply {
-            Reply::Value(_) | Reply::Refused(_) => {
-                self.kms_health.works(now);
-                self.credentials_health.works(now);
-                if matches!(reply, Reply::Value(_)) { CallResult::Ok } else { CallResult::Refused }
-            }
-            Reply::Transient { error, .. } => {
-                self.kms_health.fails(named(error), now);
-                CallResult::Failed
-            }
-            Reply::Throttled { error, .. } => {
-                self.kms_health.fails(named(error), now);
-                CallResult::Throttled
-            }
-            Reply::CredentialsRefused(error) => {
-                self.credentials_health.fails(named(error), now);
-                CallResult::CredentialsRefused
-            }
-            Reply::ClockSkew { error, .. } => {
-                self.kms_health.fails(named(error), now);
-                CallResult::ClockSkew
-            }
-            Reply::SignatureRefused(error) => {
-                self.credentials_health.fails(named(error), now);
-                CallResult::SignatureRefused
-            }
-            Reply::Invalid(what) => {
-                self.kms_health.fails(what, now);
-                CallResult::Invalid
-            }
+    fn on_value(&mut self, id: FlightId, value: reply::Value, now: Now) {
+        let Some(flight) = self.flights.land(id, now.mono) else { return };
+        self.throttle.on_value(now.mono, &mut self.random);
+        let key = flight.key();
+        let body = Rc::new(answer::to_be_kept(self.server.response_type, key.id, value.body));
+        let (rotation, kms_now) = (value.next_rotation_unix_s, self.access.on_kms_clock(now));
+        let span = self.cache.insert(key.to_owned(), Rc::clone(&body), rotation, kms_now, &mut self.random);
+        self.refreshes.remember(&flight, Ok(()));
+        queue_answers(&mut self.outputs, flight.readers, |reader| {
+            let x_cache = if reader.refresh_now { XCache::Refresh } else { XCache::Miss };
+            Content::Secret(Rc::clone(&body), span, x_cache)
+        });
+    }
+
+    fn on_refused(&mut self, id: FlightId, error: KmsError, now: Mono) {
+        let Some(flight) = self.flights.land(id, now) else { return };
+        let failure = Rc::new(Failure::from_kms(&error));
+        self.cache.refuse(flight.key().to_owned(), Rc::new(error), REFUSAL_LIFE, now);
+        self.refreshes.remember(&flight, Err(Rc::clone(&failure)));
+        queue_failure(&mut self.outputs, flight.readers, &failure);
+    }
+
+    fn on_credentials_refused(&mut self, id: FlightId, error: KmsError, now: Mono) {
+        let Some(flight) = self.flights.get_mut(id) else { return };
+        let Phase::Calling { credentials, .. } = flight.phase() else { return };
+        if flight.renewed || !self.access.identity.refused(credentials, now) {
+            return self.on_unwelcome(id, error, now);
+        }
+        flight.renewed = true;
+        self.try_again(id, now);
+    }
+
+    fn on_clock_skew(&mut self, id: FlightId, error: &KmsError, server_unix_s: Option<i64>, now: Now) {
+        let Some(flight) = self.flights.get_mut(id) else { return };
+        let Some(theirs_unix_s) = server_unix_s.filter(|_| !flight.clock_corrected) else {
+            return self.on_try_failed(id, TryFailure::lasting(Failure::from_kms(error)), now.mono);
         };
-        self.metrics.count_call(result, took);
+        self.access.correct_clock(theirs_unix_s, now);
+        flight.clock_corrected = true;
+        self.try_again(id, now.mono);
     }
 
-    fn note_call_error(&mut self, error: &CallError, took: Duration, now: Mono) {
-        self.kms_health.fails(error, now);
-        let result = match error.kind {
-            CallErrorKind::Timeout => CallResult::Timeout,
-            CallErrorKind::Unreachable => CallResult::Unreachable,
-            CallErrorKind::InvalidResponse => CallResult::Invalid,
-        };
-        self.metrics.count_call(result, took);
+    fn try_again(&mut self, id: FlightId, now: Mono) {
+        let has_value = self.has_value(id, now);
+        self.flights.queue_again(id, has_value, now);
     }
 
-    fn log_reply(&mut self, key: &Key, reply: &Reply, took_ms: u128, now: Mono) {
-        let (limit, what): (_, &dyn Display) = match reply {
-            Reply::Value(_) => {
-                let KeyRef { id, version_id, version_stage } = key.as_ref();
-                let (id, version) = (escape(id), escape(version_id.or(version_stage).unwrap_or_default()));
-                log::info!("KMS GetSecretValue \"{id}\" {version}: 200 ({took_ms} ms)");
-                return;
-            }
-            // What clients can provoke hides nothing of what goes wrong.
-            Reply::Refused(error) => (&mut self.refusals_logged, error),
-            Reply::Invalid(what) => (&mut self.failures_logged, what),
-            Reply::Transient { error, .. }
-            | Reply::Throttled { error, .. }
-            | Reply::CredentialsRefused(error)
-            | Reply::ClockSkew { error, .. }
-            | Reply::SignatureRefused(error) => (&mut self.failures_logged, error),
-        };
-        log_failure(limit, key, what, took_ms, now);
-    }
-
-    /// The same try once more, ahead of all others.
-    fn again(&mut self, id: FlightId, mut flight: Flight, now: Mono) {
-        flight.phase = Phase::Queued { began: flight.began().unwrap_or(now) };
-        self.queue.push_front(id);
-        self.put_back(id, flight, now);
-    }
-
-    /// A failure that says KMS itself is down: the circuit counts it, and who queued behind the probe of
-    /// an open circuit shares its outcome.
-    fn on_down(&mut self, id: FlightId, flight: Flight, setback: Setback, now: Mono) {
-        if self.circuit.on_failure(flight.key.as_ref(), now, &mut self.random) {
+    /// A failure that says KMS itself is down: the circuit counts it, and those that queued behind the probe of
+    /// an open circuit share its outcome.
+    fn on_down(&mut self, id: FlightId, failure: TryFailure, now: Mono) {
+        let Some(flight) = self.flights.get(id) else { return };
+        if self.circuit.on_failure(flight.key(), now, &mut self.random) {
             log::warn!("KMS is down: one probe at a time from now on");
         }
-        let shared = Setback { not_before: now, ..setback.clone() };
-        self.on_setback(id, flight, setback, now);
+        let shared = TryFailure { not_before: now, ..failure.clone() };
+        self.on_try_failed(id, failure, now);
         if !self.circuit.is_open() {
             return;
         }
-        for id in self.queue.clone() {
-            let Some(mut flight) = self.flights.remove(&id) else { continue };
-            if shared.reached {
-                // It may be that secret's own trouble: those in the queue have their turn. Who has a stale
-                // value need not wait for it.
-                self.answer_from_cache(&mut flight, now);
-                self.put_back(id, flight, now);
-            } else {
-                self.queue.retain(|it| *it != id);
-                self.on_setback(id, flight, shared.clone(), now);
+        for id in self.flights.queued() {
+            if !shared.reached {
+                self.on_try_failed(id, shared.clone(), now);
+            } else if let Some(flight) = self.flights.get_mut(id) {
+                // It may be that secret's own trouble: those in the queue have their turn. Readers who have a
+                // stale value need not wait for it.
+                let has_value = answer_from_cache(flight, &self.cache, &mut self.outputs, now);
+                self.flights.arm(id, has_value, now);
             }
         }
     }
 
     /// KMS does not know us. That says nothing about the secret, so what is cached of it stays; where there is
     /// nothing, this is remembered for a second: a reader that asks in a loop must not burn the quota.
-    fn on_unwelcome(&mut self, id: FlightId, flight: Flight, error: KmsError, now: Mono) {
-        let setback = Setback::lasting(Failure::from_kms(&error));
-        let key = flight.key.as_ref();
-        if self.cache.servable(key, now).is_none() && matches!(self.cache.lookup(key, now), Lookup::Absent) {
-            self.cache.refuse(flight.key.clone(), Rc::new(error), UNWELCOME_LIFE, now);
+    fn on_unwelcome(&mut self, id: FlightId, error: KmsError, now: Mono) {
+        let Some(flight) = self.flights.get(id) else { return };
+        let key = flight.key();
+        let failure = TryFailure::lasting(Failure::from_kms(&error));
+        if self.cache.servable(key, now).is_none() && !self.cache.is_refused(key, now) {
+            self.cache.refuse(key.to_owned(), Rc::new(error), UNWELCOME_LIFE, now);
         }
-        self.on_setback(id, flight, setback, now);
+        self.on_try_failed(id, failure, now);
     }
 
-    /// A try failed: who has a fall-back gets it, who has none gets another try or the error.
-    fn on_setback(&mut self, id: FlightId, mut flight: Flight, setback: Setback, now: Mono) {
-        let Setback { failure, retryable, not_before, .. } = setback;
-        flight.failures = flight.failures.saturating_add(1);
-        flight.last_failure = Some(Rc::clone(&failure));
-        flight.not_before = flight.not_before.max(not_before);
-        self.remember_refresh(&flight, Some(&failure));
-        self.answer_from_cache(&mut flight, now);
-        flight.readers.append(&mut flight.next_round);
-        let pause = retry::backoff(flight.failures, retry::BACKOFF_CAP, &mut self.random);
+    /// A try failed: readers who have a fall-back get it, the others get another try or the error.
+    fn on_try_failed(&mut self, id: FlightId, failure: TryFailure, now: Mono) {
+        let TryFailure { failure, retryable, not_before, .. } = failure;
+        let Some(flight) = self.flights.get_mut(id) else { return };
+        self.refreshes.remember(flight, Err(Rc::clone(&failure)));
+        let failures = flight.on_failure(Rc::clone(&failure), not_before);
+        let pause = retry::backoff(failures.count, retry::BACKOFF_CAP, &mut self.random);
+        let not_before = failures.not_before;
+        let has_value = answer_from_cache(flight, &self.cache, &mut self.outputs, now);
         if !flight.readers.is_empty() {
-            let until = now.after(pause.min(retry::BACKOFF_BASE * 2)).max(flight.not_before);
+            let until = now.after(pause.min(retry::BACKOFF_BASE * 2)).max(not_before);
             let budget = flight.budget_of_readers(now);
             budget.tries_left = budget.tries_left.saturating_sub(1);
             if retryable && budget.tries_left > 0 && until < budget.until {
-                flight.phase = Phase::Pausing { until };
-                return self.put_back(id, flight, now);
+                return self.flights.pause(id, until, has_value, now);
             }
-            self.fail_readers(&mut flight, &failure);
+            queue_failure(&mut self.outputs, flight.take_all_readers(), &failure);
         }
         flight.budget = None;
-        if self.is_pointless(&flight, now) {
-            return self.land(id, flight, now);
-        }
-        flight.phase = Phase::Pausing { until: now.after(pause).max(flight.not_before) };
         // Each try may renew the credentials and correct the clock once.
         (flight.renewed, flight.clock_corrected) = (false, false);
-        self.put_back(id, flight, now);
+        if self.flights.is_pointless(id, has_value, now) {
+            self.flights.land(id, now);
+        } else {
+            self.flights.pause(id, now.after(pause).max(not_before), has_value, now);
+        }
     }
 
-    fn remember_refresh(&mut self, flight: &Flight, failure: Option<&Rc<Failure>>) {
-        let Phase::Calling { began, for_refresh, .. } = flight.phase else { return };
-        if for_refresh {
-            let refreshed = Refreshed { began, failure: failure.cloned() };
-            self.refreshed.insert(flight.key.clone(), refreshed, flight.key.text_bytes());
-        } else if let Some(last) = self.refreshed.peek_mut(flight.key.as_ref())
-            && last.failure.is_some()
-        {
-            // An ordinary fetch has brought a newer word than that failure.
-            last.failure = failure.cloned();
+    /// Readers have waited long enough, or a pause is over.
+    pub(super) fn on_flight_time(&mut self, id: FlightId, now: Mono) {
+        let Some(flight) = self.flights.get_mut(id) else { return };
+        if flight.began().is_some_and(|began| now >= began.after(retry::STALE_PATIENCE)) {
+            answer_from_cache(flight, &self.cache, &mut self.outputs, now);
         }
+        if flight.budget.is_some_and(|budget| now >= budget.until) {
+            let failure = match &flight.failures {
+                Some(failures) => Rc::clone(&failures.last),
+                None => Rc::new(no_reply(flight, &self.access.identity, now)),
+            };
+            queue_failure(&mut self.outputs, flight.take_all_readers(), &failure);
+        }
+        let is_calling = matches!(flight.phase(), Phase::Calling { .. });
+        let has_value = self.has_value(id, now);
+        if !is_calling && self.flights.is_pointless(id, has_value, now) {
+            self.flights.land(id, now);
+        } else {
+            self.flights.on_time(id, has_value, now);
+        }
+    }
+
+    /// The agent ends: all who still wait are told so.
+    pub fn give_up(&mut self) {
+        let failure = Rc::new(Failure::ours(503, "ServiceUnavailable", "the agent is ending"));
+        queue_failure(&mut self.outputs, self.flights.clear(), &failure);
     }
 }
 
-/// A try's failure.
+fn queue_answers(outputs: &mut VecDeque<Output>, readers: Vec<Reader>, content: impl Fn(&Reader) -> Content) {
+    outputs.extend(readers.into_iter().map(|reader| {
+        let content = content(&reader);
+        Output::Answer(Answer { client: reader.client, manner: reader.manner, content })
+    }));
+}
+
+fn queue_failure(outputs: &mut VecDeque<Output>, readers: Vec<Reader>, failure: &Rc<Failure>) {
+    queue_answers(outputs, readers, |_| Content::Failure(Rc::clone(failure)));
+}
+
+fn from_cache(value: &Value, now: Mono) -> Content {
+    let x_cache = if now < value.span.expires { XCache::Hit } else { XCache::Stale };
+    Content::Secret(Rc::clone(&value.body), value.span, x_cache)
+}
+
+/// Gives the cached value, fresh or stale, to all for whom it will do. `false`: there is none.
+fn answer_from_cache(flight: &mut Flight, cache: &Cache, outputs: &mut VecDeque<Output>, now: Mono) -> bool {
+    let Some(value) = cache.servable(flight.key(), now) else { return false };
+    let content = from_cache(value, now);
+    queue_answers(outputs, flight.take_patient_readers(), |_| content.clone());
+    true
+}
+
+/// The readers' patience is over, and nothing has failed yet.
+fn no_reply(flight: &Flight, identity: &Identity, now: Mono) -> Failure {
+    let seconds = retry::READER_BUDGET.as_secs();
+    if matches!(flight.phase(), Phase::Queued { .. }) && !identity.is_ready(now) {
+        // KMS has not even been asked.
+        let asked_for = identity.asked_for();
+        let why = format!("no credentials within {seconds} s: {asked_for} is still being asked for");
+        return Failure::no_credentials(&why, Duration::ZERO);
+    }
+    Failure::ours(504, "UpstreamTimeout", format!("KMS gave no reply within {seconds} s in all"))
+}
+
+/// How a try failed.
 #[derive(Clone, Debug)]
-struct Setback {
+struct TryFailure {
     failure: Rc<Failure>,
     /// Whether another try may do better.
     retryable: bool,
-    /// Not before this.
+    /// No try before this.
     not_before: Mono,
     /// KMS had been reached: the failure may be this secret's own.
     reached: bool,
 }
 
-impl Setback {
-    fn passing(failure: Failure, not_before: Mono) -> Setback {
-        Setback { failure: Rc::new(failure), retryable: true, not_before, reached: true }
+impl TryFailure {
+    fn lasting(failure: Failure) -> TryFailure {
+        TryFailure { failure: Rc::new(failure), retryable: false, not_before: Mono::default(), reached: true }
     }
 
-    fn lasting(failure: Failure) -> Setback {
-        Setback { failure: Rc::new(failure), retryable: false, not_before: Mono::default(), reached: true }
+    /// KMS fails or throttles, and may ask for a pause.
+    fn from_kms(error: &KmsError, retry_after_s: Option<u32>, now: Mono) -> TryFailure {
+        let not_before = now.after(retry::retry_after(retry_after_s));
+        TryFailure { retryable: true, not_before, ..TryFailure::lasting(Failure::from_kms(error)) }
     }
-}
 
-/// A call that brought no secret: a warning, or, past its limit, what any other call is (the contract wants one line
-/// each). A warning goes to standard error and to the disk at once, and whoever has the token may ask for as many names
-/// that do not exist as KMS takes calls.
-fn log_failure(limit: &mut RateLimit, key: &Key, what: &dyn Display, took_ms: u128, now: Mono) {
-    let KeyRef { id, version_id, version_stage } = key.as_ref();
-    let (id, version) = (escape(id), escape(version_id.or(version_stage).unwrap_or_default()));
-    let (level, left_out) = match limit.admit(now) {
-        Some(left_out) => (log::Level::Warn, left_out),
-        None => (log::Level::Info, LeftOut(0)),
-    };
-    log::log!(level, "KMS GetSecretValue \"{id}\" {version}: {what} ({took_ms} ms){left_out}");
+    /// The call brought no reply.
+    fn from_call(error: CallError, now: Mono) -> TryFailure {
+        let reached = error.reached;
+        let failure = TryFailure::lasting(Failure::from_call(error));
+        TryFailure { retryable: true, not_before: now, reached, ..failure }
+    }
 }

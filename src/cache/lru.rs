@@ -66,6 +66,12 @@ impl<V> Lru<V> {
         self.bytes
     }
 
+    /// The most values, and the most that their weights may add up to.
+    #[must_use]
+    pub fn limits(&self) -> (usize, usize) {
+        (self.entries_max, self.bytes_max)
+    }
+
     /// The value of `key`, its place in the order unchanged.
     #[must_use]
     pub fn peek(&self, key: KeyRef<'_>) -> Option<&V> {
@@ -110,8 +116,9 @@ impl<V> Lru<V> {
                 u32::try_from(self.nodes.len() - 1).unwrap_or(NIL)
             }
         };
-        if let Some(slot) = self.nodes.get_mut(position as usize) {
-            *slot = Some(node);
+        match self.nodes.get_mut(position as usize) {
+            Some(slot @ None) => *slot = Some(node),
+            _ => debug_assert!(false, "the slab has no free place {position}"),
         }
         let nodes = &self.nodes;
         self.table.insert_unique(hash, position, |at| {
@@ -158,9 +165,13 @@ impl<V> Lru<V> {
 
     fn remove_at(&mut self, position: u32) -> bool {
         self.unlink(position);
-        let Some(node) = self.nodes.get_mut(position as usize).and_then(Option::take) else { return false };
-        if let Ok(entry) = self.table.find_entry(node.hash, |at| *at == position) {
-            entry.remove();
+        let Some(node) = self.nodes.get_mut(position as usize).and_then(Option::take) else {
+            debug_assert!(false, "nothing is at {position}");
+            return false;
+        };
+        match self.table.find_entry(node.hash, |at| *at == position) {
+            Ok(entry) => _ = entry.remove(),
+            Err(_) => debug_assert!(false, "the table does not know {position}"),
         }
         self.bytes -= node.weight_bytes;
         self.free.push(position);

@@ -6,6 +6,7 @@ pub mod lru;
 pub use key::{Key, KeyRef};
 
 use crate::kms::reply::KmsError;
+use crate::random::Random;
 use crate::time::{Mono, Now};
 use lru::Lru;
 use std::rc::Rc;
@@ -20,11 +21,11 @@ pub const REFUSAL_LIFE: Duration = Duration::from_secs(5);
 pub const UNWELCOME_LIFE: Duration = Duration::from_secs(1);
 /// Refusals remembered at a time, whatever the cache's own size.
 const REFUSALS_MAX: usize = 1024;
-/// A hot value is refreshed once this much of its life has passed, in per mille; the jitter below is
-/// added, so that a fleet does not refresh in step.
+/// A hot value is refreshed once this much of its life has passed, in per mille; a random part of the jitter
+/// below is added, so that a fleet does not refresh in step.
 const REFRESH_AT_PER_MILLE: u32 = 700;
 /// The range of that jitter, in per mille of the life.
-pub const REFRESH_JITTER_PER_MILLE: u32 = 100;
+const REFRESH_JITTER_PER_MILLE: u32 = 100;
 
 /// A reply body that several readers may be waiting for; wiped when the last one lets go.
 pub type Body = Rc<Zeroizing<Vec<u8>>>;
@@ -88,6 +89,7 @@ struct Refusal {
 #[derive(Debug)]
 pub struct Cache {
     lives: Lives,
+    refresh_jitter_per_mille: u32,
     values: Lru<Value>,
     refusals: Lru<Refusal>,
     /// No hot value is due for a refresh before this.
@@ -100,26 +102,26 @@ impl Cache {
     pub fn new(entries_max: usize, bytes_max: usize, lives: Lives) -> Cache {
         Cache {
             lives,
+            refresh_jitter_per_mille: REFRESH_JITTER_PER_MILLE,
             values: Lru::new(entries_max, bytes_max),
             refusals: Lru::new(REFUSALS_MAX, usize::MAX),
             refresh_floor: Mono::NEVER,
         }
     }
 
+    /// Spreads refreshes over so much of a value's life, in per mille, instead of the usual tenth.
+    pub fn set_refresh_jitter(&mut self, per_mille: u32) {
+        self.refresh_jitter_per_mille = per_mille;
+    }
+
     /// Looks a reader's key up, and counts as its use.
     pub fn lookup(&mut self, key: KeyRef<'_>, now: Mono) -> Lookup<'_> {
-        // One look before the borrow that is returned: what is dead goes first.
+        // What is over goes first, before the borrow that is returned.
         if !self.refusals.is_empty() {
-            let over = self.refusals.peek(key).map(|refusal| refusal.until <= now);
-            match over {
-                Some(true) => {
-                    self.refusals.remove(key);
-                }
-                Some(false) => {
-                    return self.refusals.peek(key).map_or(Lookup::Absent, |it| Lookup::Refused(&it.error));
-                }
-                None => {}
+            if self.is_refused(key, now) {
+                return self.refusals.peek(key).map_or(Lookup::Absent, |it| Lookup::Refused(&it.error));
             }
+            self.refusals.remove(key);
         }
         if self.values.peek(key).is_some_and(|value| self.lives.is_dead(value, now)) {
             self.values.remove(key);
@@ -143,8 +145,13 @@ impl Cache {
         self.values.peek(key).filter(|value| !self.lives.is_dead(value, now))
     }
 
-    /// Keeps a value that KMS has just given. `jitter_per_mille` (0 to
-    /// [`REFRESH_JITTER_PER_MILLE`]) spreads refreshes.
+    /// Whether KMS's refusal of this secret is remembered.
+    #[must_use]
+    pub fn is_refused(&self, key: KeyRef<'_>, now: Mono) -> bool {
+        self.refusals.peek(key).is_some_and(|refusal| now < refusal.until)
+    }
+
+    /// Keeps a value that KMS has just given. `random` spreads refreshes.
     ///
     /// A rotation that KMS announces for a moment within the life ends the life there; until then a
     /// refresh could only bring the old value again, so it is not begun before. `now` is on KMS's clock.
@@ -154,8 +161,9 @@ impl Cache {
         body: Body,
         next_rotation_unix_s: Option<i64>,
         now: Now,
-        jitter_per_mille: u32,
+        random: &mut Random,
     ) -> Span {
+        let jitter = random.up_to(u64::from(self.refresh_jitter_per_mille));
         self.refusals.remove(key.as_ref());
         let end = now.mono.after(self.lives.ttl);
         let rotation = next_rotation_unix_s
@@ -166,7 +174,7 @@ impl Cache {
         let (expires, refresh_at) = match rotation {
             Some(rotation) => (rotation, rotation),
             None => {
-                let share = REFRESH_AT_PER_MILLE + jitter_per_mille.min(REFRESH_JITTER_PER_MILLE);
+                let share = REFRESH_AT_PER_MILLE.saturating_add(u32::try_from(jitter).unwrap_or(0));
                 (end, now.mono.after(self.lives.ttl * share / 1000))
             }
         };
@@ -217,6 +225,12 @@ impl Cache {
         (self.values.len(), self.values.bytes())
     }
 
+    /// The most of both that it holds.
+    #[must_use]
+    pub fn size_max(&self) -> (usize, usize) {
+        self.values.limits()
+    }
+
     /// Panics where a limit or a link is broken.
     #[cfg(any(test, debug_assertions))]
     pub fn check_invariants(&self) {
@@ -249,7 +263,10 @@ mod tests {
     }
 
     fn cache(max_stale_s: u64) -> Cache {
-        Cache::new(10, 1000, Lives { ttl: TTL, max_stale: Duration::from_secs(max_stale_s) })
+        let lives = Lives { ttl: TTL, max_stale: Duration::from_secs(max_stale_s) };
+        let mut cache = Cache::new(10, 1000, lives);
+        cache.set_refresh_jitter(0);
+        cache
     }
 
     fn db() -> KeyRef<'static> {
@@ -262,7 +279,7 @@ mod tests {
             Rc::new(Zeroizing::new(b"{}".to_vec())),
             next_rotation_unix_s,
             at(seconds),
-            50,
+            &mut Random::from_seed(1),
         );
         cache.check_invariants();
     }
@@ -283,9 +300,9 @@ mod tests {
         put(&mut cache, None, 0);
         for (seconds, expected) in [
             (0, "fresh"),
-            (74, "fresh"),
-            (75, "fresh, refresh"),
-            (76, "fresh"),
+            (69, "fresh"),
+            (70, "fresh, refresh"),
+            (71, "fresh"),
             (99, "fresh"),
             (100, "expired"),
         ] {
@@ -300,7 +317,7 @@ mod tests {
     fn without_stale_it_ends_with_its_ttl() {
         let mut cache = cache(0);
         put(&mut cache, None, 0);
-        assert_eq!((see(&mut cache, 74), see(&mut cache, 100)), ("fresh", "absent"));
+        assert_eq!((see(&mut cache, 69), see(&mut cache, 100)), ("fresh", "absent"));
     }
 
     #[test]
@@ -309,10 +326,10 @@ mod tests {
         put(&mut cache, None, 0);
         assert_eq!(cache.next_refresh(), Mono::NEVER);
         see(&mut cache, 1);
-        assert_eq!(cache.next_refresh(), at(75).mono);
-        assert!(cache.take_due_refreshes(at(74).mono).is_empty());
-        assert_eq!(cache.take_due_refreshes(at(75).mono), [db().to_owned()]);
-        assert!(cache.take_due_refreshes(at(76).mono).is_empty(), "given once");
+        assert_eq!(cache.next_refresh(), at(70).mono);
+        assert!(cache.take_due_refreshes(at(69).mono).is_empty());
+        assert_eq!(cache.take_due_refreshes(at(70).mono), [db().to_owned()]);
+        assert!(cache.take_due_refreshes(at(71).mono).is_empty(), "given once");
         assert_eq!(see(&mut cache, 77), "fresh", "and not by a reader either");
     }
 
