@@ -10,7 +10,7 @@
 //!
 //! | Floor | Modules | |
 //! |---|---|---|
-//! | 1 | [`time`] [`secret`] [`wipe`] [`buf`] [`log`] [`random`] | clocks, wiped bytes, the log |
+//! | 1 | [`time`] [`secret`] [`wipe`] [`buf`] [`text`] [`log`] [`random`] | clocks, wiped bytes, rules about text, the log |
 //! | 2 | [`config`] [`http`] [`call`] [`metrics`] | the configuration; HTTP/1.1 over bytes; what is asked of the network; counters |
 //! | 3 | [`kms`] [`identity`] [`cache`] [`token`] | what is said to KMS, as whom, and what is remembered |
 //! | 4 | [`conn`] | connections as state machines over bytes: TLS pump, inbound, outbound |
@@ -61,6 +61,7 @@ pub mod net;
 pub mod random;
 pub mod secret;
 pub mod server;
+mod text;
 pub mod time;
 pub mod token;
 pub mod wipe;

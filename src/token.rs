@@ -3,6 +3,7 @@
 use crate::log::Reason;
 use crate::random::Random;
 use crate::secret::Secret;
+use crate::text::hex;
 use rustix::fs::{Gid, Mode, OFlags};
 use std::ffi::OsString;
 use std::fmt;
@@ -287,7 +288,7 @@ fn write_fresh(
     let placed = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), bytes.as_mut())
         .map_err(|_| io::Error::other("the system gives no random bytes"))
         .and_then(|()| {
-            let token = Zeroizing::new(crate::kms::sign::hex(bytes.as_ref()));
+            let token = Zeroizing::new(hex(bytes.as_ref()));
             if let Some(gid) = gid.filter(|gid| rustix::fs::fstat(&file).map(|it| it.st_gid) != Ok(*gid)) {
                 rustix::fs::fchown(&file, None, Some(Gid::from_raw(gid))).map_err(|error| {
                     let error = io::Error::from(error);

@@ -18,6 +18,7 @@ use toml::de::DeTable;
 
 use crate::log::{BACKUP_FILES_MAX, Reason};
 pub use crate::log::{LogPath, Settings as Log};
+use crate::text::is_name_byte;
 use reader::{Case, Reader};
 use values::*;
 
@@ -51,8 +52,6 @@ pub const TTL_S: RangeInclusive<u64> = 0..=604_800;
 pub const MAX_STALE_S: RangeInclusive<u64> = 0..=604_800;
 /// Bytes of `Region`, also of the one in `AapArn`.
 pub const REGION_BYTES_MAX: usize = 32;
-/// Bytes of `RoleName`.
-pub const ROLE_NAME_BYTES_MAX: usize = 64;
 /// Digits of the account in `AapArn` (accounts have 16 today).
 pub const ACCOUNT_DIGITS_MAX: usize = 20;
 /// Bytes of the access point's name in `AapArn`.

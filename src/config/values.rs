@@ -6,14 +6,11 @@ use std::path::PathBuf;
 use ::log::LevelFilter;
 
 use super::*;
+use crate::text::{ROLE_NAME_BYTES_MAX, is_role_name, is_token_byte};
 
 /// `true` for 1 to `bytes_max` bytes that all satisfy `allowed`.
 pub(super) fn consists_of(text: &str, bytes_max: usize, allowed: impl Fn(u8) -> bool) -> bool {
     (1..=bytes_max).contains(&text.len()) && text.bytes().all(allowed)
-}
-
-pub(super) fn is_name_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
 }
 
 pub(super) fn is_region(text: &str) -> bool {
@@ -27,7 +24,6 @@ pub(super) fn read_header(text: &str) -> Result<String, String> {
     /// What HTTP itself or the gates before the token's read from these is not a token.
     const TAKEN: [&str; 6] =
         ["Host", "Connection", "Content-Length", "Transfer-Encoding", "Forwarded", "X-Forwarded-For"];
-    let is_token_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
     if !consists_of(text, HEADER_NAME_BYTES_MAX, is_token_byte) {
         return Err(format!(
             "must be a header name: 1 to {HEADER_NAME_BYTES_MAX} letters, digits or !#$%&'*+-.^_`|~"
@@ -133,8 +129,7 @@ pub(super) fn read_auth_type(text: &str) -> Result<AuthType, String> {
 }
 
 pub(super) fn read_role_name(text: &str) -> Result<String, String> {
-    // It goes into a path: a dot segment would be another question.
-    if consists_of(text, ROLE_NAME_BYTES_MAX, is_name_byte) && !matches!(text, "." | "..") {
+    if is_role_name(text) {
         Ok(text.to_owned())
     } else {
         Err(format!(

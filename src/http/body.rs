@@ -5,6 +5,7 @@
 use zeroize::Zeroizing;
 
 use super::response::ResponseError;
+use crate::text::is_token_byte;
 
 /// Most bytes of chunk extensions and trailers together that are read and thrown away in one body.
 pub const SKIPPED_BYTES_MAX: usize = 8 * 1024;
@@ -246,28 +247,6 @@ impl Body {
 /// What a field value or a chunk extension may hold: `HTAB`, `SP`, `VCHAR`, `obs-text`.
 const fn is_field_byte(byte: u8) -> bool {
     byte == b'\t' || (byte >= b' ' && byte != 0x7f)
-}
-
-/// `tchar` of RFC 9110 section 5.6.2.
-const fn is_token_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric()
-        || matches!(
-            byte,
-            b'!' | b'#'
-                | b'$'
-                | b'%'
-                | b'&'
-                | b'\''
-                | b'*'
-                | b'+'
-                | b'-'
-                | b'.'
-                | b'^'
-                | b'_'
-                | b'`'
-                | b'|'
-                | b'~'
-        )
 }
 
 #[cfg(test)]

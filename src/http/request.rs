@@ -5,6 +5,7 @@
 #![warn(clippy::indexing_slicing)]
 
 use super::split_at_byte;
+use crate::text::decimal;
 use std::mem::MaybeUninit;
 use std::net::Ipv6Addr;
 
@@ -369,13 +370,6 @@ impl<'b> Framing<'b> {
         framing.has_body = coded || length.is_some_and(|n| n > 0);
         Ok(framing)
     }
-}
-
-/// `1*DIGIT`, as RFC 9110 8.6 wants a Content-Length; `None` also for what overflows.
-fn decimal(value: &[u8]) -> Option<u64> {
-    let text = std::str::from_utf8(value).ok()?;
-    // `parse` alone would take "+5".
-    if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) { None } else { text.parse().ok() }
 }
 
 #[cfg(test)]

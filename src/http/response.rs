@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 
 use super::body::{Body, Framing};
 use crate::buf::Buf;
+use crate::text::decimal;
 
 /// Longest head, status line and header fields together, in bytes.
 pub const HEAD_BYTES_MAX: usize = 16 * 1024;
@@ -437,13 +438,6 @@ fn retry_after_s(fields: &Fields<'_>, date_unix_s: Option<i64>) -> Option<u32> {
     }
     let wait = http_date(value)?.saturating_sub(date_unix_s?);
     Some(saturated(u64::try_from(wait).unwrap_or(0)))
-}
-
-/// A number of nothing but digits: `str::parse` would take `+5` too.
-fn decimal(text: &[u8]) -> Option<u64> {
-    let all_digits = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
-    let text = std::str::from_utf8(text).ok().filter(|_| all_digits)?;
-    text.parse().ok()
 }
 
 fn http_date(text: &str) -> Option<i64> {

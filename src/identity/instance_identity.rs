@@ -22,9 +22,9 @@ use crate::call::{CallError, Service};
 use crate::config::{AapArn, HostPort};
 use crate::http::percent;
 use crate::http::response::Response;
-use crate::kms::sign;
 use crate::random::Random;
 use crate::secret::Secret;
+use crate::text::hex;
 use crate::time::{Mono, Now};
 use ::time::OffsetDateTime;
 use ::time::format_description::well_known::Rfc3339;
@@ -79,7 +79,7 @@ impl Provider for InstanceIdentity {
         };
         let date = OffsetDateTime::from_unix_timestamp(now.unix_s).ok();
         let date = date.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default();
-        let nonce = sign::hex(&random.next_u128().to_be_bytes());
+        let nonce = hex(&random.next_u128().to_be_bytes());
         let headers = format!(
             "x-acs-action: AssumeApplicationAccessPoint\r\nx-acs-version: 2016-01-20\r\nx-acs-date: {date}\r\n\
              x-acs-signature-nonce: {nonce}\r\n"

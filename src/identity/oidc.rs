@@ -8,10 +8,10 @@ use crate::call::{CallError, Service};
 use crate::config::{self, HostPort};
 use crate::http::percent;
 use crate::http::response::Response;
-use crate::kms::sign;
 use crate::log::Reason;
 use crate::random::Random;
 use crate::secret::Secret;
+use crate::text::hex;
 use crate::time::{Mono, Now};
 use ::time::OffsetDateTime;
 use ::time::format_description::well_known::Rfc3339;
@@ -119,7 +119,7 @@ impl Provider for Oidc {
         let Some(sts) = &self.sts else { return };
         let timestamp = OffsetDateTime::from_unix_timestamp(now.unix_s).ok();
         let timestamp = timestamp.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default();
-        let nonce = sign::hex(&random.next_u128().to_be_bytes());
+        let nonce = hex(&random.next_u128().to_be_bytes());
         let life = LIFE_S.to_string();
         let pairs = [
             ("Action", "AssumeRoleWithOIDC"),

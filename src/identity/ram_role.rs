@@ -7,6 +7,7 @@ use super::{Asked, IdentityError, Problem, reply};
 use crate::call::CallError;
 use crate::http::response::Response;
 use crate::random::Random;
+use crate::text::is_role_name;
 use crate::time::{Mono, Now};
 
 const PATH: &str = "/latest/meta-data/ram/security-credentials/";
@@ -70,11 +71,4 @@ impl Provider for RamRole {
             Some(_) => Err(malformed("a role name")),
         }
     }
-}
-
-/// Whether `text` can be a RAM role's name.
-pub(super) fn is_role_name(text: &str) -> bool {
-    // It goes into a path: a dot segment would be another question.
-    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-    plain && (1..=64).contains(&text.len()) && !matches!(text, "." | "..")
 }

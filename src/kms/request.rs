@@ -8,6 +8,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::sign::{self, Credentials, ToSign};
+use crate::text::hex;
 
 /// `x-acs-version` of KMS.
 const API_VERSION: &str = "2016-01-20";
@@ -74,7 +75,7 @@ pub fn get_secret_value(
         .ok()
         .and_then(|at| at.format(&Rfc3339).ok()) // YYYY-MM-DDTHH:MM:SSZ for a whole second in UTC.
         .ok_or(RequestError::Clock)?;
-    let nonce = sign::hex(nonce);
+    let nonce = hex(nonce);
     let content_sha256 = sign::content_sha256(b"");
 
     let mut parameters = vec![("SecretName", secret_id)];

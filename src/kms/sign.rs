@@ -8,6 +8,7 @@ use ring::{digest, hmac};
 
 use crate::http::percent;
 use crate::secret::Secret;
+use crate::text::hex;
 
 /// Name of the algorithm, as it stands in the string to sign and in `Authorization`.
 pub const ALGORITHM: &str = "ACS3-HMAC-SHA256";
@@ -119,13 +120,6 @@ pub fn sign(request: &ToSign<'_>, credentials: &Credentials) -> Signed {
     Signed { canonical_request, string_to_sign, signature, authorization }
 }
 
-/// `bytes` as lower-case hex digits.
-#[must_use]
-pub fn hex(bytes: &[u8]) -> String {
-    let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16);
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).flatten().collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,10 +190,5 @@ mod tests {
         );
         assert_eq!(canonical_query(&[("b", "2"), ("a", "3"), ("b", "1"), ("B", "")]), "B=&a=3&b=1&b=2");
         assert_eq!(format!("{credentials:?}"), "Credentials { sts: true, expires_unix_s: Some(7), .. }");
-    }
-
-    #[test]
-    fn hex_is_lower_case_and_padded() {
-        assert_eq!(hex(&[0, 0x0f, 0xa5, 0xff]), "000fa5ff");
     }
 }
