@@ -2,6 +2,8 @@
 //!
 //! Everything else is handed a [`Now`], so that tests and the simulation own the time.
 
+use ::time::OffsetDateTime;
+use ::time::format_description::well_known::Rfc3339;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// A point on the monotonic clock: microseconds since an origin of its own.
@@ -79,6 +81,16 @@ impl Clock {
     }
 }
 
+/// A moment in seconds since 1970 (UTC) as `YYYY-MM-DDTHH:MM:SSZ` (RFC 3339); `None` outside of the years 0 to 9999.
+pub(crate) fn rfc_3339(unix_s: i64) -> Option<String> {
+    OffsetDateTime::from_unix_timestamp(unix_s).ok()?.format(&Rfc3339).ok()
+}
+
+/// Seconds since 1970 (UTC) of a date and time by RFC 3339, whatever its offset.
+pub(crate) fn unix_s_of(rfc_3339: &str) -> Option<i64> {
+    OffsetDateTime::parse(rfc_3339, &Rfc3339).ok().map(OffsetDateTime::unix_timestamp)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,6 +100,21 @@ mod tests {
         assert_eq!(Mono::NEVER.after(Duration::from_secs(1)), Mono::NEVER);
         assert_eq!(Mono::from_micros(5).since(Mono::from_micros(9)), Duration::ZERO);
         assert_eq!(Mono::from_micros(9).since(Mono::from_micros(5)), Duration::from_micros(4));
+    }
+
+    #[test]
+    fn dates_are_written_in_utc_and_read_with_any_offset() {
+        assert_eq!(rfc_3339(1_735_787_045).as_deref(), Some("2025-01-02T03:04:05Z"));
+        assert_eq!([i64::MIN, i64::MAX].map(rfc_3339), [None, None]);
+        for (text, unix_s) in [
+            ("2025-01-02T03:04:05Z", Some(1_735_787_045)),
+            ("2025-01-02T11:04:05.9+08:00", Some(1_735_787_045)),
+            ("2025-13-02T03:04:05Z", None),
+            ("2025-01-02", None),
+            ("", None),
+        ] {
+            assert_eq!(unix_s_of(text), unix_s, "{text}");
+        }
     }
 
     #[test]

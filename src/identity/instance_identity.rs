@@ -25,9 +25,7 @@ use crate::http::response::Response;
 use crate::random::Random;
 use crate::secret::Secret;
 use crate::text::hex;
-use crate::time::{Mono, Now};
-use ::time::OffsetDateTime;
-use ::time::format_description::well_known::Rfc3339;
+use crate::time::{Mono, Now, rfc_3339};
 use std::rc::Rc;
 use zeroize::Zeroizing;
 
@@ -77,8 +75,7 @@ impl Provider for InstanceIdentity {
             percent::encode(&audience, &mut path);
             return shared.metadata.write_request(out, &path);
         };
-        let date = OffsetDateTime::from_unix_timestamp(now.unix_s).ok();
-        let date = date.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default();
+        let date = rfc_3339(now.unix_s).unwrap_or_default();
         let nonce = hex(&random.next_u128().to_be_bytes());
         let headers = format!(
             "x-acs-action: AssumeApplicationAccessPoint\r\nx-acs-version: 2016-01-20\r\nx-acs-date: {date}\r\n\

@@ -12,9 +12,7 @@ use crate::log::Reason;
 use crate::random::Random;
 use crate::secret::Secret;
 use crate::text::hex;
-use crate::time::{Mono, Now};
-use ::time::OffsetDateTime;
-use ::time::format_description::well_known::Rfc3339;
+use crate::time::{Mono, Now, rfc_3339};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -117,8 +115,7 @@ impl Provider for Oidc {
 
     fn write_request(&self, _: &Shared, out: &mut Vec<u8>, now: Now, random: &mut Random) {
         let Some(sts) = &self.sts else { return };
-        let timestamp = OffsetDateTime::from_unix_timestamp(now.unix_s).ok();
-        let timestamp = timestamp.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default();
+        let timestamp = rfc_3339(now.unix_s).unwrap_or_default();
         let nonce = hex(&random.next_u128().to_be_bytes());
         let life = LIFE_S.to_string();
         let pairs = [

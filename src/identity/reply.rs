@@ -7,8 +7,7 @@ use crate::http::response::Response;
 use crate::kms::reply::{kms_error, printable};
 use crate::kms::sign::Credentials;
 use crate::secret::Secret;
-use ::time::OffsetDateTime;
-use ::time::format_description::well_known::Rfc3339;
+use crate::time::{rfc_3339, unix_s_of};
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -75,12 +74,11 @@ fn grant(members: &Members<'_>, unix_s: i64) -> Result<Grant, Problem> {
     let field = |name| text(members, name).filter(graphic).ok_or(Problem::Malformed(CREDENTIALS));
     let secret = |name| field(name).map(|value| Secret::from(value.into_bytes()));
     let (id, key, token) = (field("AccessKeyId")?, secret("AccessKeySecret")?, secret("SecurityToken")?);
-    let expires = text(members, "Expiration").and_then(|date| OffsetDateTime::parse(&date, &Rfc3339).ok());
-    let expires = expires.ok_or(Problem::Malformed("an expiry"))?;
-    let expires_unix_s = expires.unix_timestamp();
+    let expires_unix_s = text(members, "Expiration").and_then(|date| unix_s_of(&date));
+    let expires_unix_s = expires_unix_s.ok_or(Problem::Malformed("an expiry"))?;
     let life_s = expires_unix_s.saturating_sub(unix_s);
     let Some(life_s) = u64::try_from(life_s).ok().filter(|life_s| *life_s > 0) else {
-        return Err(Problem::Expired(expires.format(&Rfc3339).unwrap_or_default()));
+        return Err(Problem::Expired(rfc_3339(expires_unix_s).unwrap_or_default()));
     };
     let credentials = Credentials {
         access_key_id: id,

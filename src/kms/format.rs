@@ -5,8 +5,7 @@
 //! no copy of it is left behind; all buffers here are wiped.
 #![warn(clippy::indexing_slicing)]
 
-use ::time::OffsetDateTime;
-use ::time::format_description::well_known::Rfc3339;
+use crate::time::unix_s_of;
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -112,9 +111,8 @@ pub fn aws(asked_id: &str, body: &[u8]) -> Zeroizing<Vec<u8>> {
     }
     let stages: Vec<String> = stages(&members).iter().map(|stage| stage_to_aws(stage).to_owned()).collect();
     object.raw("VersionStages", &serde_json::Value::from(stages).to_string());
-    let created = text(&members, "CreateTime").and_then(|date| OffsetDateTime::parse(&date, &Rfc3339).ok());
-    if let Some(created) = created {
-        object.string("CreatedDate", &created.unix_timestamp().to_string());
+    if let Some(created) = text(&members, "CreateTime").and_then(|date| unix_s_of(&date)) {
+        object.string("CreatedDate", &created.to_string());
     }
     object.end()
 }

@@ -6,11 +6,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde_json::value::RawValue;
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use zeroize::Zeroizing;
 
 use crate::http::response::Response;
+use crate::time::unix_s_of;
 
 /// Longest `Code` kept, in bytes.
 pub const CODE_BYTES_MAX: usize = 128;
@@ -157,9 +156,7 @@ fn check_value(asked_id: &str, body: &[u8]) -> Result<Option<i64>, String> {
         Some(_) => return Err("SecretData in the reply of KMS is not a string".to_owned()),
         None => return Err("the reply of KMS has no SecretData".to_owned()),
     }
-    Ok(text(&members, "NextRotationDate")
-        .and_then(|date| OffsetDateTime::parse(&date, &Rfc3339).ok())
-        .map(OffsetDateTime::unix_timestamp))
+    Ok(text(&members, "NextRotationDate").and_then(|date| unix_s_of(&date)))
 }
 
 fn parse_error(response: &Response) -> Reply {

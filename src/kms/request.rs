@@ -4,11 +4,9 @@
 
 use std::fmt;
 
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
-
 use super::sign::{self, Credentials, ToSign};
 use crate::text::hex;
+use crate::time::rfc_3339;
 
 /// `x-acs-version` of KMS.
 const API_VERSION: &str = "2016-01-20";
@@ -71,10 +69,7 @@ pub fn get_secret_value(
 ) -> Result<(), RequestError> {
     let host = header_value(host).ok_or(RequestError::Host)?;
     let access_key_id = header_value(&credentials.access_key_id).ok_or(RequestError::AccessKeyId)?;
-    let date = OffsetDateTime::from_unix_timestamp(unix_s)
-        .ok()
-        .and_then(|at| at.format(&Rfc3339).ok()) // YYYY-MM-DDTHH:MM:SSZ for a whole second in UTC.
-        .ok_or(RequestError::Clock)?;
+    let date = rfc_3339(unix_s).ok_or(RequestError::Clock)?;
     let nonce = hex(nonce);
     let content_sha256 = sign::content_sha256(b"");
 
