@@ -10,7 +10,7 @@
 //!
 //! | Floor | Modules | |
 //! |---|---|---|
-//! | 1 | [`time`] [`secret`] [`wipe`] [`buf`] [`text`] [`log`] [`random`] | clocks, wiped bytes, rules about text, the log |
+//! | 1 | [`time`] [`secret`] [`wipe`] [`buf`] [`text`] [`json`] [`log`] [`random`] | clocks, wiped bytes, rules about text, the log |
 //! | 2 | [`config`] [`http`] [`call`] [`metrics`] | the configuration; HTTP/1.1 over bytes; what is asked of the network; counters |
 //! | 3 | [`kms`] [`identity`] [`cache`] [`token`] | what is said to KMS, as whom, and what is remembered |
 //! | 4 | [`conn`] | connections as state machines over bytes: TLS pump, inbound, outbound |
@@ -54,6 +54,7 @@ pub mod conn;
 pub mod harden;
 pub mod http;
 pub mod identity;
+mod json;
 pub mod kms;
 pub mod log;
 pub mod metrics;

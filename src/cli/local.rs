@@ -3,13 +3,12 @@
 use crate::config::{Config, ResponseType};
 use crate::http::percent;
 use crate::http::response::{Progress, REPLY_BYTES_MAX, Response, ResponseError, ResponseParser};
+use crate::json::{self, Members};
 use crate::kms::reply::printable;
 use crate::log::Reason;
 use crate::secret::Secret;
 use crate::time::{Clock, Mono};
 use crate::token::Source;
-use serde_json::value::RawValue;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -261,29 +260,17 @@ fn target(question: &Question) -> String {
     target
 }
 
-type Members<'a> = BTreeMap<String, &'a RawValue>;
-
-fn members(json: &[u8]) -> Option<Members<'_>> {
-    serde_json::from_slice(json).ok()
-}
-
-fn string(raw: &RawValue) -> Option<Zeroizing<String>> {
-    serde_json::from_str(raw.get()).ok().map(Zeroizing::new)
-}
-
 fn secret_data(response_type: ResponseType, body: &[u8]) -> Option<Zeroizing<String>> {
-    let members = members(body)?;
+    let members = Members::of(body).ok()?;
     match response_type {
-        ResponseType::Kms => string(members.get("SecretData")?),
-        ResponseType::Aws => string(members.get("SecretString").or_else(|| members.get("SecretBinary"))?),
+        ResponseType::Kms => members.text("SecretData"),
+        ResponseType::Aws => members.text("SecretString").or_else(|| members.text("SecretBinary")),
         ResponseType::Vault => {
             // What is no JSON object came as {"value": ..}. An object of just that member looks the same.
-            let data = members.get("data")?.get();
-            let inner = self::members(data.as_bytes())?;
-            match inner.get("value").filter(|_| inner.len() == 1).and_then(|raw| string(raw)) {
-                Some(value) => Some(value),
-                None => Some(Zeroizing::new(data.to_owned())),
-            }
+            let data = members.raw("data")?;
+            let inner = Members::of(data.as_bytes()).ok()?;
+            let plain = inner.text("value").filter(|_| inner.len() == 1);
+            Some(plain.unwrap_or_else(|| Zeroizing::new(data.to_owned())))
         }
     }
 }
@@ -293,9 +280,10 @@ fn secret_data(response_type: ResponseType, body: &[u8]) -> Option<Zeroizing<Str
 /// # Errors
 /// What is wrong, without showing any of it.
 pub(super) fn field(data: &str, key: &str) -> Result<Zeroizing<String>, String> {
-    let members = members(data.as_bytes()).ok_or("the secret is no JSON object, so it has no fields")?;
-    let raw = members.get(key).ok_or_else(|| format!("the secret has no field {key:?}"))?;
-    Ok(string(raw).unwrap_or_else(|| Zeroizing::new(raw.get().to_owned())))
+    let members =
+        Members::of(data.as_bytes()).map_err(|_| "the secret is no JSON object, so it has no fields")?;
+    let raw = members.raw(key).ok_or_else(|| format!("the secret has no field {key:?}"))?;
+    Ok(json::text(raw).unwrap_or_else(|| Zeroizing::new(raw.to_owned())))
 }
 
 /// Whether the agent did not like the token, in any of its ways to say so.
@@ -313,23 +301,20 @@ pub(super) fn is_busy(reply: &Response) -> bool {
 /// or what else stands there.
 pub(super) fn failure(reply: &Response) -> String {
     let body = reply.body.as_slice();
-    let told = match members(body) {
-        Some(members) => {
-            let text = |names: [&str; 2]| {
-                let raw = names.iter().find_map(|name| members.get(*name));
-                raw.and_then(|raw| string(raw)).map(|text| text.to_string()).filter(|text| !text.is_empty())
-            };
-            let errors =
-                members.get("errors").and_then(|raw| serde_json::from_str::<Vec<String>>(raw.get()).ok());
-            let parts =
-                [text(["Code", "__type"]), text(["Message", "message"]), errors.map(|it| it.join("; "))];
+    let told = match Members::of(body) {
+        Ok(members) => {
+            let text = |name| members.text(name).map(|it| it.to_string()).filter(|it| !it.is_empty());
+            let errors = members.raw("errors").and_then(|raw| serde_json::from_str::<Vec<String>>(raw).ok());
+            let code = text("Code").or_else(|| text("__type"));
+            let message = text("Message").or_else(|| text("message"));
+            let parts = [code, message, errors.map(|it| it.join("; "))];
             let told = parts.into_iter().flatten().collect::<Vec<String>>().join(": ");
-            match text(["RequestId", ""]) {
+            match text("RequestId") {
                 Some(id) if !told.is_empty() => format!("{told} (RequestId {id})"),
                 _ => told,
             }
         }
-        None => String::from_utf8_lossy(body).into_owned(),
+        Err(_) => String::from_utf8_lossy(body).into_owned(),
     };
     let told = printable(&told, MESSAGE_BYTES_MAX);
     format!("{} {told}", reply.status).trim_end().to_owned()

@@ -4,23 +4,19 @@
 use super::provider::Grant;
 use super::{Asked, IdentityError, Problem};
 use crate::http::response::Response;
+use crate::json::Members;
 use crate::kms::reply::{kms_error, printable};
 use crate::kms::sign::Credentials;
 use crate::secret::Secret;
 use crate::time::{rfc_3339, unix_s_of};
-use serde_json::value::RawValue;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// Longest `Code` of a failure that a message shows, in bytes.
 const CODE_BYTES_MAX: usize = 64;
 /// A refusal that repeats so many bytes of a token in a row quotes it.
 const QUOTED_BYTES_MIN: usize = 8;
-
-/// Members of a JSON object, undecoded: only what is needed is copied, and each copy is wiped by its
-/// [`Secret`].
-type Members<'a> = BTreeMap<String, &'a RawValue>;
 
 /// Reads `{"Code":"Success","AccessKeyId":..,"AccessKeySecret":..,"SecurityToken":..,"Expiration":..}`, as the
 /// metadata service and a credentials URI give it. `unix_s`: the time by which its end is judged.
@@ -28,14 +24,12 @@ type Members<'a> = BTreeMap<String, &'a RawValue>;
 /// # Errors
 /// When it is not that, or the credentials are past their end.
 pub(super) fn flat(asked: Asked, body: &[u8], unix_s: i64) -> Result<Grant, IdentityError> {
-    let members: Option<Members<'_>> = serde_json::from_slice(body).ok();
-    let grant = members.ok_or(Problem::Malformed(CREDENTIALS)).and_then(|members| {
-        match text(&members, "Code").as_deref() {
-            Some("Success") => grant(&members, unix_s),
-            Some(code) => Err(Problem::Code(printable(code, CODE_BYTES_MAX))),
-            None => Err(Problem::Malformed(CREDENTIALS)),
-        }
-    });
+    let members = Members::of(body).unwrap_or_default();
+    let grant = match members.text("Code") {
+        Some(code) if *code == "Success" => grant(&members, unix_s),
+        Some(code) => Err(Problem::Code(printable(&code, CODE_BYTES_MAX))),
+        None => Err(Problem::Malformed(CREDENTIALS)),
+    };
     grant.map_err(|problem| IdentityError::Service(asked, problem))
 }
 
@@ -51,9 +45,8 @@ pub(super) fn nested(
     unix_s: i64,
 ) -> Result<Grant, IdentityError> {
     let read = || -> Option<Result<Grant, Problem>> {
-        let members: Members<'_> = serde_json::from_slice(&response.body).ok()?;
-        let members: Members<'_> = serde_json::from_str(members.get("Credentials")?.get()).ok()?;
-        Some(grant(&members, unix_s))
+        let credentials = Members::of(&response.body).ok()?.raw("Credentials")?;
+        Some(grant(&Members::of(credentials.as_bytes()).ok()?, unix_s))
     };
     let grant = match response.status {
         200 => read().unwrap_or(Err(Problem::Malformed(CREDENTIALS))),
@@ -64,24 +57,21 @@ pub(super) fn nested(
 
 const CREDENTIALS: &str = "credentials";
 
-fn text(members: &Members<'_>, name: &str) -> Option<String> {
-    serde_json::from_str(members.get(name)?.get()).ok()
-}
-
 fn grant(members: &Members<'_>, unix_s: i64) -> Result<Grant, Problem> {
     // They go into header lines.
-    let graphic = |value: &String| !value.is_empty() && value.bytes().all(|b| b.is_ascii_graphic());
-    let field = |name| text(members, name).filter(graphic).ok_or(Problem::Malformed(CREDENTIALS));
-    let secret = |name| field(name).map(|value| Secret::from(value.into_bytes()));
+    let graphic =
+        |value: &Zeroizing<String>| !value.is_empty() && value.bytes().all(|b| b.is_ascii_graphic());
+    let field = |name| members.text(name).filter(graphic).ok_or(Problem::Malformed(CREDENTIALS));
+    let secret = |name| field(name).map(|value| Secret::from(value.as_str()));
     let (id, key, token) = (field("AccessKeyId")?, secret("AccessKeySecret")?, secret("SecurityToken")?);
-    let expires_unix_s = text(members, "Expiration").and_then(|date| unix_s_of(&date));
+    let expires_unix_s = members.text("Expiration").and_then(|date| unix_s_of(&date));
     let expires_unix_s = expires_unix_s.ok_or(Problem::Malformed("an expiry"))?;
     let life_s = expires_unix_s.saturating_sub(unix_s);
     let Some(life_s) = u64::try_from(life_s).ok().filter(|life_s| *life_s > 0) else {
         return Err(Problem::Expired(rfc_3339(expires_unix_s).unwrap_or_default()));
     };
     let credentials = Credentials {
-        access_key_id: id,
+        access_key_id: id.to_string(),
         access_key_secret: key,
         security_token: Some(token),
         expires_unix_s: Some(expires_unix_s),

@@ -5,6 +5,7 @@
 //! no copy of it is left behind; all buffers here are wiped.
 #![warn(clippy::indexing_slicing)]
 
+use crate::json::Members;
 use crate::time::unix_s_of;
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
@@ -34,18 +35,14 @@ fn stage_to_aws(stage: &str) -> &str {
 }
 
 /// The members of KMS's reply, which [`super::reply`] has found sound.
-type Members<'a> = BTreeMap<String, &'a RawValue>;
-
 fn members(body: &[u8]) -> Members<'_> {
-    serde_json::from_slice(body).unwrap_or_default()
-}
-
-fn text(members: &Members<'_>, name: &str) -> Option<String> {
-    serde_json::from_str(members.get(name)?.get()).ok()
+    let members = Members::of(body);
+    debug_assert!(members.is_ok(), "a reply that super::reply has not judged");
+    members.unwrap_or_default()
 }
 
 fn stages(members: &Members<'_>) -> Vec<String> {
-    let stages = members.get("VersionStages").and_then(|raw| serde_json::from_str(raw.get()).ok());
+    let stages = members.raw("VersionStages").and_then(|raw| serde_json::from_str(raw).ok());
     let mut stages: BTreeMap<String, Vec<String>> = stages.unwrap_or_default();
     stages.remove("VersionStage").unwrap_or_default()
 }
@@ -101,17 +98,17 @@ pub fn aws(asked_id: &str, body: &[u8]) -> Zeroizing<Vec<u8>> {
         object.string("ARN", asked_id);
     }
     for (theirs, ours) in [("Name", "SecretName"), ("VersionId", "VersionId")] {
-        if let Some(raw) = members.get(ours) {
-            object.raw(theirs, raw.get());
+        if let Some(raw) = members.raw(ours) {
+            object.raw(theirs, raw);
         }
     }
-    if let Some(raw) = members.get("SecretData") {
-        let binary = text(&members, "SecretDataType").as_deref() == Some("binary");
-        object.raw(if binary { "SecretBinary" } else { "SecretString" }, raw.get());
+    if let Some(raw) = members.raw("SecretData") {
+        let binary = members.text("SecretDataType").is_some_and(|it| *it == "binary");
+        object.raw(if binary { "SecretBinary" } else { "SecretString" }, raw);
     }
     let stages: Vec<String> = stages(&members).iter().map(|stage| stage_to_aws(stage).to_owned()).collect();
     object.raw("VersionStages", &serde_json::Value::from(stages).to_string());
-    if let Some(created) = text(&members, "CreateTime").and_then(|date| unix_s_of(&date)) {
+    if let Some(created) = members.text("CreateTime").and_then(|date| unix_s_of(&date)) {
         object.string("CreatedDate", &created.to_string());
     }
     object.end()
@@ -122,14 +119,14 @@ pub fn aws(asked_id: &str, body: &[u8]) -> Zeroizing<Vec<u8>> {
 pub fn vault(kv: Kv, body: &[u8], lease_s: u64) -> Zeroizing<Vec<u8>> {
     let members = members(body);
     let mut object = Object::with_room_for(body, 0);
-    object.raw("request_id", members.get("RequestId").map_or("\"\"", |raw| raw.get()));
+    object.raw("request_id", members.raw("RequestId").unwrap_or("\"\""));
     object.string("lease_id", "");
     object.raw("renewable", "false");
     object.raw("lease_duration", &lease_s.to_string());
     if kv == Kv::V2 {
         object.open("data");
     }
-    let raw = members.get("SecretData").map_or("\"\"", |raw| raw.get());
+    let raw = members.raw("SecretData").unwrap_or("\"\"");
     match decoded_object(raw) {
         Some(json) => object.raw("data", &json),
         None => {
@@ -140,15 +137,15 @@ pub fn vault(kv: Kv, body: &[u8], lease_s: u64) -> Zeroizing<Vec<u8>> {
     }
     if kv == Kv::V2 {
         object.open("metadata");
-        object.raw("created_time", members.get("CreateTime").map_or("\"\"", |raw| raw.get()));
+        object.raw("created_time", members.raw("CreateTime").unwrap_or("\"\""));
         object.string("deletion_time", "");
         object.raw("destroyed", "false");
         // Clients want a number here; KMS's version ids are none and stand below.
         object.raw("version", "1");
         object.open("custom_metadata");
         for (theirs, ours) in [("version_id", "VersionId"), ("secret_type", "SecretType")] {
-            if let Some(raw) = members.get(ours) {
-                object.raw(theirs, raw.get());
+            if let Some(raw) = members.raw(ours) {
+                object.raw(theirs, raw);
             }
         }
         object.string("version_stages", &stages(&members).join(","));

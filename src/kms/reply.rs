@@ -2,13 +2,12 @@
 
 #![warn(clippy::indexing_slicing)]
 
-use std::collections::BTreeMap;
 use std::fmt;
 
-use serde_json::value::RawValue;
 use zeroize::Zeroizing;
 
 use crate::http::response::Response;
+use crate::json::Members;
 use crate::time::unix_s_of;
 
 /// Longest `Code` kept, in bytes.
@@ -124,13 +123,6 @@ pub fn bare_name(secret_id: &str) -> &str {
     resource.and_then(|resource| resource.strip_prefix("secret/")).unwrap_or(secret_id)
 }
 
-/// Members of a JSON object, undecoded.
-///
-/// serde_json checks raw values without copying them, whereas decoding a string with escapes goes through
-/// a buffer of its own that nobody wipes. So the secret is looked at here and decoded nowhere. Of a name that
-/// comes twice the last value counts.
-type Members<'a> = BTreeMap<String, &'a RawValue>;
-
 fn parse_value(asked_id: &str, body: Zeroizing<Vec<u8>>, now_unix_s: i64) -> Reply {
     let next_rotation_unix_s = match check_value(asked_id, &body) {
         Ok(next_rotation_unix_s) => next_rotation_unix_s.filter(|at| *at > now_unix_s),
@@ -141,22 +133,22 @@ fn parse_value(asked_id: &str, body: Zeroizing<Vec<u8>>, now_unix_s: i64) -> Rep
 
 /// `NextRotationDate` of a reply that is one for `asked_id`, else what is wrong with it.
 fn check_value(asked_id: &str, body: &[u8]) -> Result<Option<i64>, String> {
-    let members: Members<'_> = serde_json::from_slice(body).map_err(|error| {
+    let members = Members::of(body).map_err(|error| {
         // Not the error itself, which may quote the reply.
         let (line, column) = (error.line(), error.column());
         let what = if error.is_eof() { "is cut off" } else { "is not a JSON object" };
         format!("the reply of KMS {what} (line {line}, column {column} of {} bytes)", body.len())
     })?;
-    let name = text(&members, "SecretName").ok_or("the reply of KMS has no SecretName")?;
-    if name != bare_name(asked_id) && name != asked_id {
+    let name = members.text("SecretName").ok_or("the reply of KMS has no SecretName")?;
+    if *name != bare_name(asked_id) && *name != asked_id {
         return Err("the reply of KMS is for another secret".to_owned());
     }
-    match members.get("SecretData") {
-        Some(data) if data.get().starts_with('"') => {}
+    match members.raw("SecretData") {
+        Some(data) if data.starts_with('"') => {}
         Some(_) => return Err("SecretData in the reply of KMS is not a string".to_owned()),
         None => return Err("the reply of KMS has no SecretData".to_owned()),
     }
-    Ok(text(&members, "NextRotationDate").and_then(|date| unix_s_of(&date)))
+    Ok(members.text("NextRotationDate").and_then(|date| unix_s_of(&date)))
 }
 
 fn parse_error(response: &Response) -> Reply {
@@ -209,21 +201,17 @@ fn is_of(code: &str, family: &str) -> bool {
 
 /// The error in a body as KMS, and STS likewise, gives it: a JSON object with at least a `Code`.
 pub(crate) fn kms_error(response: &Response) -> Option<KmsError> {
-    let members: Members<'_> = serde_json::from_slice(&response.body).ok()?;
-    let field = |name, bytes_max| text(&members, name).map(|text| printable(&text, bytes_max));
+    let members = Members::of(&response.body).ok()?;
+    let field = |name, bytes_max| members.text(name).map(|text| printable(&text, bytes_max));
     Some(KmsError {
         status: response.status,
         code: field("Code", CODE_BYTES_MAX).filter(|code| !code.is_empty())?,
-        message: text(&members, "Message")
+        message: members
+            .text("Message")
             .map(|message| printable(without_signed_text(&message), MESSAGE_BYTES_MAX))
             .unwrap_or_default(),
         request_id: field("RequestId", REQUEST_ID_BYTES_MAX).unwrap_or_default(),
     })
-}
-
-/// The member as text, if it is a string. Not for the secret: see [`Members`].
-fn text(members: &Members<'_>, name: &str) -> Option<String> {
-    serde_json::from_str(members.get(name)?.get()).ok()
 }
 
 /// `message` up to where it begins to quote what was signed.
