@@ -4,7 +4,7 @@
 
 use zeroize::Zeroizing;
 
-use super::response::ResponseError;
+use super::error::ResponseError;
 use crate::text::is_token_byte;
 
 /// Most bytes of chunk extensions and trailers together that are read and thrown away in one body.

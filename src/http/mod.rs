@@ -4,6 +4,7 @@
 //! [`body`] read what KMS and the metadata service send.
 
 pub mod body;
+mod error;
 pub mod percent;
 pub mod request;
 pub mod response;

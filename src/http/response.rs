@@ -11,15 +11,11 @@ use std::time::UNIX_EPOCH;
 use zeroize::Zeroizing;
 
 use super::body::{Body, Framing};
+use super::error::INTERIM_RESPONSES_MAX;
+pub use super::error::{HEAD_BYTES_MAX, HEADERS_MAX, ResponseError};
 use crate::buf::Buf;
 use crate::text::decimal;
 
-/// Longest head, status line and header fields together, in bytes.
-pub const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// Most header fields of a head.
-pub const HEADERS_MAX: usize = 64;
-/// Most interim (1xx) responses before the final one.
-pub const INTERIM_RESPONSES_MAX: u8 = 8;
 /// Longest reply body in bytes that the agent takes: a secret is at most about 30 KiB.
 pub const REPLY_BYTES_MAX: usize = 128 * 1024;
 
@@ -58,76 +54,6 @@ impl fmt::Debug for Response {
             .finish()
     }
 }
-
-/// Why the bytes are no response, or none that the agent takes. Names what is wrong, quotes nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ResponseError {
-    /// Does not begin with `HTTP/1.`.
-    NotHttp,
-    /// The head breaks the grammar of RFC 9112; what exactly.
-    BadHead(&'static str),
-    /// The head is longer than [`HEAD_BYTES_MAX`].
-    HeadTooLarge,
-    /// More header fields than [`HEADERS_MAX`].
-    TooManyHeaders,
-    /// More 1xx responses than [`INTERIM_RESPONSES_MAX`].
-    TooManyInterimResponses,
-    /// 101 Switching Protocols, which nobody asked for.
-    UnexpectedUpgrade,
-    /// `Content-Length` is no number, too large a number, or several different ones.
-    BadContentLength,
-    /// A transfer coding other than `chunked` alone, or any in HTTP/1.0.
-    BadTransferEncoding,
-    /// Both `Transfer-Encoding` and `Content-Length`.
-    TwoFramings,
-    /// The chunked coding is malformed.
-    BadChunk,
-    /// Chunk extensions and trailers are longer than [`super::body::SKIPPED_BYTES_MAX`].
-    SkippedTooLarge,
-    /// The body is, or is announced to be, longer than this many bytes.
-    BodyTooLarge {
-        /// The limit.
-        bytes_max: usize,
-    },
-    /// The connection ended before the response did.
-    Truncated,
-}
-
-impl fmt::Display for ResponseError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ResponseError::NotHttp => f.write_str("the server does not speak HTTP/1"),
-            ResponseError::BadHead(what) => write!(f, "malformed HTTP response head: {what}"),
-            ResponseError::HeadTooLarge => write!(f, "HTTP response head over {HEAD_BYTES_MAX} bytes"),
-            ResponseError::TooManyHeaders => write!(f, "over {HEADERS_MAX} HTTP response header fields"),
-            ResponseError::TooManyInterimResponses => {
-                write!(f, "over {INTERIM_RESPONSES_MAX} interim (1xx) HTTP responses")
-            }
-            ResponseError::UnexpectedUpgrade => {
-                f.write_str("HTTP 101: the server switched to a protocol that nobody asked for")
-            }
-            ResponseError::BadContentLength => f.write_str("malformed Content-Length in the HTTP response"),
-            ResponseError::BadTransferEncoding => {
-                f.write_str("unsupported Transfer-Encoding in the HTTP response")
-            }
-            ResponseError::TwoFramings => {
-                f.write_str("both Transfer-Encoding and Content-Length in the HTTP response")
-            }
-            ResponseError::BadChunk => f.write_str("malformed chunked HTTP response body"),
-            ResponseError::SkippedTooLarge => {
-                f.write_str("chunk extensions or trailers of the HTTP response are too long")
-            }
-            ResponseError::BodyTooLarge { bytes_max } => {
-                write!(f, "HTTP response body over {bytes_max} bytes")
-            }
-            ResponseError::Truncated => {
-                f.write_str("the server closed the connection before its HTTP response was complete")
-            }
-        }
-    }
-}
-
-impl std::error::Error for ResponseError {}
 
 /// How far a response has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

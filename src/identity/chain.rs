@@ -1,8 +1,9 @@
 //! Which ways to be someone there are here, and in which order they are tried: `AuthType`, or the default
 //! credential chain of the official SDKs (KMS_PROTOCOL.md 4).
 
-use super::IdentityError;
+use super::env::{Env, NotConfigured};
 use super::environment::{self, Environment};
+use super::error::IdentityError;
 use super::instance_identity::{self, InstanceIdentity};
 use super::metadata::Metadata;
 use super::oidc::Oidc;
@@ -16,65 +17,10 @@ use crate::random::Random;
 use crate::text::is_role_name;
 use crate::time::{Mono, Now};
 use std::ffi::OsString;
-use std::fmt;
 
 const ROLE_NAME: &str = "ALIBABA_CLOUD_ECS_METADATA";
 const METADATA_DISABLED: &str = "ALIBABA_CLOUD_ECS_METADATA_DISABLED";
 const PLAIN_DISABLED: &str = "ALIBABA_CLOUD_IMDSV1_DISABLED";
-
-/// Why a provider cannot be had with this configuration and environment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NotConfigured {
-    /// It is not wanted: a variable is not set. The chain goes on to the next provider.
-    Missing(String),
-    /// It is wanted, but in a way that cannot be meant.
-    Wrong(String),
-}
-
-impl fmt::Display for NotConfigured {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            NotConfigured::Missing(what) | NotConfigured::Wrong(what) => f.write_str(what),
-        }
-    }
-}
-
-impl std::error::Error for NotConfigured {}
-
-/// The environment. A variable that is set to nothing is as good as not set.
-pub struct Env<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
-
-impl Env<'_> {
-    /// A variable's value.
-    ///
-    /// # Errors
-    /// When it is not UTF-8.
-    pub fn text(&self, name: &str) -> Result<Option<String>, NotConfigured> {
-        let value = (self.0)(name).map(OsString::into_string).transpose();
-        let value = value.map_err(|_| NotConfigured::Wrong(format!("{name} is not UTF-8")))?;
-        Ok(value.filter(|value| !value.is_empty()))
-    }
-
-    /// Whether a variable says `true`, in any case.
-    #[must_use]
-    pub fn is_true(&self, name: &str) -> bool {
-        (self.0)(name).is_some_and(|value| value.eq_ignore_ascii_case("true"))
-    }
-
-    /// Sees that all of them are set.
-    ///
-    /// # Errors
-    /// Those that are not.
-    pub fn need(&self, names: &[&str]) -> Result<(), NotConfigured> {
-        let is_missing = |name: &&&str| (self.0)(name).is_none_or(|value| value.is_empty());
-        let missing: Vec<&str> = names.iter().filter(is_missing).copied().collect();
-        match missing.as_slice() {
-            [] => Ok(()),
-            [name] => Err(NotConfigured::Missing(format!("{name} is not set"))),
-            names => Err(NotConfigured::Missing(format!("{} are not set", names.join(", ")))),
-        }
-    }
-}
 
 /// What is being asked.
 #[derive(Clone, Copy, Debug)]

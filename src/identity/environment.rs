@@ -1,7 +1,7 @@
 //! An access key from the environment.
 
-use super::IdentityError;
-use super::chain::{Env, NotConfigured};
+use super::env::{Env, NotConfigured};
+use super::error::IdentityError;
 use super::provider::{Grant, Progress, Provider, Shared};
 use crate::call::CallError;
 use crate::http::response::Response;

@@ -15,9 +15,11 @@
 //! KMS as it is today will refuse it. When the call is known, this file and its twin in the emulator change.
 #![warn(clippy::indexing_slicing)]
 
+use super::error::{Asked, IdentityError, Problem};
 use super::metadata::{malformed, problem};
-use super::provider::{Progress, Provider, Question, Shared, post_form};
-use super::{Asked, IdentityError, Problem, reply};
+use super::provider::{Progress, Provider, Shared};
+use super::question::Question;
+use super::reply;
 use crate::call::{CallError, Service};
 use crate::config::{AapArn, HostPort};
 use crate::http::percent;
@@ -82,7 +84,7 @@ impl Provider for InstanceIdentity {
              x-acs-signature-nonce: {nonce}\r\n"
         );
         let form = percent::form(&[("AapArn", self.aap.as_str()), ("InstanceIdentity", identity)]);
-        post_form(out, &self.exchange(), &headers, &form);
+        self.exchange().post_form(out, &headers, &form);
     }
 
     fn on_answer(

@@ -4,8 +4,8 @@
 //! tokens, plain GETs follow, unless `ALIBABA_CLOUD_IMDSV1_DISABLED` forbids them.
 #![warn(clippy::indexing_slicing)]
 
-use super::provider::{Question, end_head};
-use super::{Asked, IdentityError, Problem};
+use super::error::{Asked, IdentityError, Problem};
+use super::question::Question;
 use crate::call::{CallError, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
@@ -90,7 +90,7 @@ impl Metadata {
                 }
             }
         }
-        end_head(out, &self.origin, Service::Metadata);
+        self.question().end_head(out);
     }
 
     /// Takes the answer. `Some`: the reply to the GET, whatever its status; `None`: ask once more.

@@ -5,19 +5,21 @@
 //! [`Identity::on_answer`].
 
 pub mod chain;
+mod env;
 pub mod environment;
 mod error;
 pub mod instance_identity;
 pub mod metadata;
 pub mod oidc;
 pub mod provider;
+mod question;
 pub mod ram_role;
 mod reply;
 pub mod uri;
 
-pub use chain::NotConfigured;
+pub use env::NotConfigured;
 pub use error::{Asked, IdentityError, Problem};
-pub use provider::Question;
+pub use question::Question;
 
 use crate::call::CallError;
 use crate::config::Kms;

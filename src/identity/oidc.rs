@@ -1,9 +1,11 @@
 //! A role by OIDC: STS gives credentials for a token that somebody else signed (RRSA on ACK).
 #![warn(clippy::indexing_slicing)]
 
-use super::chain::{Env, NotConfigured};
-use super::provider::{Progress, Provider, Question, Shared, post_form};
-use super::{Asked, IdentityError, reply};
+use super::env::{Env, NotConfigured};
+use super::error::{Asked, IdentityError};
+use super::provider::{Progress, Provider, Shared};
+use super::question::Question;
+use super::reply;
 use crate::call::{CallError, Service};
 use crate::config::{self, HostPort};
 use crate::http::percent;
@@ -131,7 +133,7 @@ impl Provider for Oidc {
             ("OIDCToken", self.token.expose_str().unwrap_or_default()),
         ];
         let question = Question { service: Service::Sts, origin: Rc::clone(sts) };
-        post_form(out, &question, "", &percent::form(&pairs));
+        question.post_form(out, "", &percent::form(&pairs));
     }
 
     fn on_answer(

@@ -1,9 +1,9 @@
 //! What every way to be someone has in common.
 
-use super::IdentityError;
+use super::error::IdentityError;
 use super::metadata::Metadata;
-use crate::call::{CallError, Service};
-use crate::config::HostPort;
+use super::question::Question;
+use crate::call::CallError;
 use crate::http::response::Response;
 use crate::kms::sign::Credentials;
 use crate::random::Random;
@@ -51,15 +51,6 @@ pub enum Progress {
     Done(Grant),
 }
 
-/// Whom to ask; what, is written by [`Provider::write_request`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Question {
-    /// What sort of service.
-    pub service: Service,
-    /// Where.
-    pub origin: Rc<HostPort>,
-}
-
 /// Credentials, and how long they live.
 #[derive(Debug)]
 pub struct Grant {
@@ -76,29 +67,4 @@ pub struct Shared {
     pub metadata: Metadata,
     /// The region, as soon as the metadata service has told it; `None` where nobody needs to ask.
     pub region: Option<String>,
-}
-
-/// The end of a request without a body.
-pub(super) fn end_head(out: &mut Vec<u8>, origin: &HostPort, service: Service) {
-    let host = origin.authority(service.default_port());
-    for part in ["Host: ", &host, "\r\nUser-Agent: kms-agent/", env!("CARGO_PKG_VERSION"), "\r\n\r\n"] {
-        out.extend_from_slice(part.as_bytes());
-    }
-}
-
-/// A POST of a form to `/`. `headers`: further lines, each with its line end.
-pub(super) fn post_form(out: &mut Vec<u8>, question: &Question, headers: &str, form: &str) {
-    let length = form.len().to_string();
-    // Once, so that a form with a token in it is not moved, which would leave a copy behind.
-    out.reserve(headers.len() + form.len() + 512);
-    for part in [
-        "POST / HTTP/1.1\r\nAccept: application/json\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: ",
-        &length,
-        "\r\n",
-        headers,
-    ] {
-        out.extend_from_slice(part.as_bytes());
-    }
-    end_head(out, &question.origin, question.service);
-    out.extend_from_slice(form.as_bytes());
 }

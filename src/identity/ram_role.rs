@@ -1,9 +1,10 @@
 //! The instance's RAM role: its credentials are at the metadata service.
 #![warn(clippy::indexing_slicing)]
 
+use super::error::{Asked, IdentityError, Problem};
 use super::metadata::{malformed, problem};
 use super::provider::{Progress, Provider, Shared};
-use super::{Asked, IdentityError, Problem, reply};
+use super::reply;
 use crate::call::CallError;
 use crate::http::response::Response;
 use crate::random::Random;

@@ -1,8 +1,8 @@
 //! Credentials as the services give them, and their refusals.
 #![warn(clippy::indexing_slicing)]
 
+use super::error::{Asked, IdentityError, Problem};
 use super::provider::Grant;
-use super::{Asked, IdentityError, Problem};
 use crate::http::response::Response;
 use crate::json::Members;
 use crate::kms::reply::{kms_error, printable};

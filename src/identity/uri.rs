@@ -1,9 +1,11 @@
 //! Credentials from whatever `ALIBABA_CLOUD_CREDENTIALS_URI` names: a helper on the host, most often.
 #![warn(clippy::indexing_slicing)]
 
-use super::chain::{Env, NotConfigured};
-use super::provider::{Progress, Provider, Question, Shared, end_head};
-use super::{Asked, IdentityError, Problem, reply};
+use super::env::{Env, NotConfigured};
+use super::error::{Asked, IdentityError, Problem};
+use super::provider::{Progress, Provider, Shared};
+use super::question::Question;
+use super::reply;
 use crate::call::{CallError, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
@@ -70,7 +72,7 @@ impl Provider for CredentialsUri {
         for part in [b"GET ", self.target.expose(), b" HTTP/1.1\r\nAccept: application/json\r\n"] {
             out.extend_from_slice(part);
         }
-        end_head(out, &self.question.origin, self.question.service);
+        self.question.end_head(out);
     }
 
     fn on_answer(
