@@ -68,6 +68,9 @@ impl Service {
     }
 }
 
+/// A call takes no longer than this: all its stages together, a second address included.
+pub const CALL_LIFE: Duration = Duration::from_secs(15);
+
 /// Numbers calls; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CallId(pub u64);

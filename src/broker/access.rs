@@ -1,14 +1,10 @@
 //! What calls to KMS are made with: credentials, KMS's endpoint, and the time on its clock.
 
-use crate::call::{Call, CallId};
+use crate::call::{CALL_LIFE, Call, CallId};
 use crate::config::HostPort;
 use crate::identity::{Identity, Question};
 use crate::time::{Mono, Now};
 use std::rc::Rc;
-use std::time::Duration;
-
-/// All stages of a call together, a second address included, where no reader's budget is shorter.
-pub(super) const CALL_LIFE: Duration = Duration::from_secs(15);
 
 /// The identity, with its calls, and what else a signed request needs.
 #[derive(Debug)]

@@ -1,12 +1,11 @@
 //! A fetch's way: its turn in the queue, credentials, the call, its outcome, and what a failure means to the
 //! readers who wait.
 
-use super::access::CALL_LIFE;
 use super::answer::{self, Content, Failure, XCache};
 use super::flights::{Flight, FlightId, Phase, Reader, UPSTREAM_CALLS_MAX};
 use super::{Answer, Broker, Output};
 use crate::cache::{Cache, Key, KeyRef, Lookup, REFUSAL_LIFE, UNWELCOME_LIFE, Value};
-use crate::call::{Call, CallError, CallId, Service};
+use crate::call::{CALL_LIFE, Call, CallError, CallId, Service};
 use crate::http::response::Response;
 use crate::identity::{Identity, Standing};
 use crate::kms::reply::{self, KmsError, Reply};

@@ -1,23 +1,21 @@
 //! One call to KMS or the metadata service as the agent itself makes it, carried by blocking sockets: the
 //! connection's states, time limits and words for a failure are those of [`Outbound`].
 
-use crate::call::{Call, CallError, CallId, Service};
+use crate::call::{CALL_LIFE, Call, CallError, CallId, Service};
 use crate::config::HostPort;
 use crate::conn::outbound::{Outbound, Step};
 use crate::http::response::Response;
+use crate::log::Reason;
+use crate::net::resolve::Resolver;
 use crate::time::{Clock, Now};
 use rustls::ClientConfig;
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::net::{SocketAddr, TcpStream};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 use zeroize::Zeroize as _;
-
-/// A whole call ends within this; the stages' own limits are shorter.
-const CALL_MAX: Duration = Duration::from_secs(15);
 
 /// How far a call came.
 #[derive(Debug)]
@@ -61,7 +59,7 @@ impl Prober {
             result: Err(CallError::unreachable("reach", origin, "not tried")),
         };
         let begun = self.now().mono;
-        let deadline = begun.after(CALL_MAX);
+        let deadline = begun.after(CALL_LIFE);
         let call = Call { id: CallId(0), service, origin: Rc::new(origin.clone()), deadline };
         let mut conn = Outbound::new(call, begun);
         let mut step = match look_up(origin, service.timeouts().resolve) {
@@ -144,17 +142,15 @@ fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
 }
 
-/// The addresses of a name; `None`: no answer in time.
+/// The addresses of a name; `None`: no answer in time. A look-up cannot be called off: the resolver's thread may be
+/// left behind, and ends with the process.
 fn look_up(origin: &HostPort, limit: Duration) -> Option<Result<Vec<SocketAddr>, String>> {
-    let (host, port) = (origin.host.clone(), origin.port);
-    if let Ok(address) = host.parse::<IpAddr>() {
-        return Some(Ok(vec![SocketAddr::new(address, port)]));
-    }
-    let (answer, answered) = mpsc::channel();
-    // A look-up cannot be called off: its thread is left behind, and ends with the process.
-    thread::spawn(move || {
-        let found = (host.as_str(), port).to_socket_addrs().map(Iterator::collect);
-        let _ = answer.send(found.map_err(|error| error.to_string()));
-    });
-    answered.recv_timeout(limit).ok()
+    let (wake, woken) = mpsc::channel();
+    let resolver = match Resolver::start(move || wake.send(()).unwrap_or_default()) {
+        Ok(resolver) => resolver,
+        Err(error) => return Some(Err(Reason(&error).to_string())),
+    };
+    resolver.ask(&origin.host, origin.port);
+    woken.recv_timeout(limit).ok()?;
+    resolver.poll().map(|answer| answer.result)
 }

@@ -4,9 +4,10 @@ use super::report::Report;
 use crate::call::{CallError, Service};
 use crate::cli::probe::{Outcome, Prober};
 use crate::cli::{run, status};
-use crate::config::{Config, ENDPOINT_PORT, HostPort, METADATA_PORT};
+use crate::config::{Config, ENDPOINT_PORT, HostPort};
 use crate::conn::tls;
 use crate::http::response::Response;
+use crate::identity::metadata::Metadata;
 use crate::identity::{Asked, IdentityError, Standing, environment};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::request;
@@ -15,8 +16,6 @@ use crate::random::Random;
 use std::io::Write as _;
 use std::rc::Rc;
 
-/// Metadata session tokens asked for here need not live longer (seconds).
-const TOKEN_LIFE_S: u32 = 60;
 /// KMS refuses a request whose time is further off, in seconds.
 const SKEW_MAX_S: u64 = 15 * 60;
 /// From here on the difference is worth a word, in seconds.
@@ -30,10 +29,8 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
         return report.failed("TLS", "the operating system gives no random bytes");
     };
     let prober = Prober::new(tls);
-    let metadata = ask_metadata(&prober, &config.kms.metadata_endpoint);
+    let (metadata, is_no_ecs) = ask_metadata(&prober, &config.kms.metadata_endpoint);
     let who = fetch_credentials(&prober, config, &mut random);
-    let is_no_ecs = matches!(&metadata, Ok(reply) if reply.status == 404)
-        && knows_no_region(&prober, &config.kms.metadata_endpoint);
     tell_metadata(config, &metadata, is_no_ecs, &who, report);
     tell_credentials(&metadata, &who, &prober, report);
 
@@ -143,29 +140,24 @@ fn is_of_metadata(error: &IdentityError) -> bool {
     }
 }
 
-/// Asks for a session token, as each conversation with the service begins: any answer shows that it is there.
-fn ask_metadata(prober: &Prober, origin: &HostPort) -> Result<Response, CallError> {
-    let write = &mut |out: &mut Vec<u8>| {
-        let _ = write!(
-            out,
-            "PUT /latest/api/token HTTP/1.1\r\nX-aliyun-ecs-metadata-token-ttl-seconds: {TOKEN_LIFE_S}\r\n\
-             Content-Length: 0\r\nHost: {}\r\n\r\n",
-            origin.authority(METADATA_PORT)
-        );
-        Ok(())
+/// The answer to the request for a session token with which the agent's conversation with the service begins (any
+/// answer shows that it is there), and whether what answers is no metadata service: one may be older than session
+/// tokens and answer 404, but not to the plain request for the region as well, which every instance has.
+fn ask_metadata(prober: &Prober, origin: &HostPort) -> (Result<Response, CallError>, bool) {
+    let mut metadata = Metadata::new(origin.clone(), false);
+    let ask = |metadata: &Metadata| {
+        let write = &mut |out: &mut Vec<u8>| {
+            metadata.write_region_request(out);
+            Ok(())
+        };
+        prober.call(Service::Metadata, origin, write).result
     };
-    prober.call(Service::Metadata, origin, write).result
-}
-
-/// Whether a plain question for the region, which every instance can tell, is answered 404, too: a metadata service
-/// may be older than session tokens, but this is none.
-fn knows_no_region(prober: &Prober, origin: &HostPort) -> bool {
-    let write = &mut |out: &mut Vec<u8>| {
-        let host = origin.authority(METADATA_PORT);
-        let _ = write!(out, "GET /latest/meta-data/region-id HTTP/1.1\r\nHost: {host}\r\n\r\n");
-        Ok(())
-    };
-    prober.call(Service::Metadata, origin, write).result.is_ok_and(|reply| reply.status == 404)
+    let answer = ask(&metadata);
+    let is_not_found = |answer: &Result<Response, CallError>| matches!(answer, Ok(it) if it.status == 404);
+    let is_no_ecs = is_not_found(&answer)
+        && metadata.on_region_answer(answer.as_ref(), prober.now().mono).is_ok()
+        && is_not_found(&ask(&metadata));
+    (answer, is_no_ecs)
 }
 
 fn tell_metadata(
