@@ -11,7 +11,7 @@
 //! | Floor | Modules | |
 //! |---|---|---|
 //! | 1 | [`time`] [`secret`] [`wipe`] [`buf`] [`text`] [`json`] [`log`] [`random`] | clocks, wiped bytes, rules about text, the log |
-//! | 2 | [`config`] [`http`] [`call`] [`metrics`] | the configuration; HTTP/1.1 over bytes; what is asked of the network; counters |
+//! | 2 | [`config`] [`http`] [`call`] [`code`] [`metrics`] | the configuration; HTTP/1.1 over bytes; what is asked of the network; the codes of failures; counters |
 //! | 3 | [`kms`] [`identity`] [`cache`] [`token`] | what is said to KMS, as whom, and what is remembered |
 //! | 4 | [`conn`] | connections as state machines over bytes: TLS pump, inbound, outbound |
 //! | 5 | [`broker`] | every decision: gates, lookup, coalescing, retries. Says *what*, never how |
@@ -49,6 +49,7 @@ pub mod buf;
 pub mod cache;
 pub mod call;
 pub mod cli;
+pub mod code;
 pub mod config;
 pub mod conn;
 pub mod harden;

@@ -3,6 +3,7 @@
 //! Plain numbers in one struct of the loop's thread: counting is an addition at a known place. No label is
 //! foreign text, so the number of series is fixed, and no secret's name is among them.
 
+use crate::code::Code;
 use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ macro_rules! labelled {
 }
 
 labelled! {
-    /// What became of a request. Failures that the agent tells itself have their `Code` as label.
+    /// What became of a request, but for failures that originate in the agent: those have a [`Code`].
     Outcome {
         /// `X-Cache: HIT`.
         Hit = "hit",
@@ -61,53 +62,16 @@ labelled! {
         KmsThrottled = "kms_throttled",
         /// KMS's own error, a 5xx.
         KmsFailed = "kms_failed",
-        /// See the contract, as those that follow.
-        UpstreamTimeout = "UpstreamTimeout",
-        /// No connection.
-        UpstreamUnreachable = "UpstreamUnreachable",
-        /// Nothing that KMS can have meant.
-        UpstreamInvalidResponse = "UpstreamInvalidResponse",
-        /// Nobody to be for KMS.
-        CredentialUnavailable = "CredentialUnavailable",
-        /// The agent ends.
-        ServiceUnavailable = "ServiceUnavailable",
         /// `/ping`.
         Ping = "ok",
         /// `/metrics`.
         Metrics = "ok",
         /// `/status`.
         Status = "ok",
-        /// Malformed.
-        InvalidRequest = "InvalidRequest",
-        /// A head over its limits.
-        RequestHeaderTooLarge = "RequestHeaderTooLarge",
-        /// A target over its limit.
-        UriTooLong = "UriTooLong",
-        /// All of `MaxConn` busy.
-        ConnectionLimitExceeded = "ConnectionLimitExceeded",
-        /// Not asked as loopback.
-        ForbiddenHost = "ForbiddenHost",
-        /// A proxy is between.
-        Forwarded = "Forwarded",
-        /// No header carries the token.
-        InvalidToken = "InvalidToken",
-        /// Neither GET nor HEAD.
-        MethodNotAllowed = "MethodNotAllowed",
-        /// No such path.
-        NotFound = "NotFound",
-        /// An unknown or bad parameter.
-        InvalidParameter = "InvalidParameter",
     }
 }
 
 impl Outcome {
-    /// The outcome of a failure that the agent tells itself. Tests hold that every `Code` of the contract is
-    /// known here.
-    #[must_use]
-    pub fn of_code(code: &str) -> Option<Outcome> {
-        Outcome::ALL.iter().copied().find(|outcome| outcome.label() == code)
-    }
-
     /// The outcome of a failure that KMS tells.
     #[must_use]
     pub const fn of_kms_status(status: u16) -> Outcome {
@@ -118,22 +82,12 @@ impl Outcome {
         }
     }
 
-    /// Who answered: one of the paths, or a gate before them.
+    /// Who answered.
     const fn route(self) -> &'static str {
         match self {
             Outcome::Ping => "ping",
             Outcome::Metrics => "metrics",
             Outcome::Status => "status",
-            Outcome::InvalidRequest
-            | Outcome::RequestHeaderTooLarge
-            | Outcome::UriTooLong
-            | Outcome::ConnectionLimitExceeded
-            | Outcome::ForbiddenHost
-            | Outcome::Forwarded
-            | Outcome::InvalidToken
-            | Outcome::MethodNotAllowed
-            | Outcome::NotFound
-            | Outcome::InvalidParameter => "gate",
             _ => "secret",
         }
     }
@@ -185,6 +139,7 @@ labelled! {
 #[derive(Debug, Default)]
 pub struct Metrics {
     requests: [u64; Outcome::ALL.len()],
+    failures: [u64; Code::ALL.len()],
     lookups: [u64; Lookup::ALL.len()],
     calls: [u64; CallResult::ALL.len()],
     /// By bucket, not cumulated; the last is for what is above all bounds.
@@ -245,6 +200,11 @@ impl Metrics {
         self.requests[outcome as usize] += 1;
     }
 
+    /// A request was answered with a failure that originates in the agent.
+    pub const fn count_failure(&mut self, code: Code) {
+        self.failures[code as usize] += 1;
+    }
+
     /// The cache was asked.
     pub const fn count_lookup(&mut self, lookup: Lookup) {
         self.lookups[lookup as usize] += 1;
@@ -271,6 +231,11 @@ impl Metrics {
             let labels = [("route", outcome.route()), ("result", outcome.label())];
             text.sample("requests_total", &labels, self.requests[*outcome as usize]);
         }
+        for code in Code::ALL {
+            let route = if code.is_at_gate() { "gate" } else { "secret" };
+            let labels = [("route", route), ("result", code.label())];
+            text.sample("requests_total", &labels, self.failures[*code as usize]);
+        }
         text.family("cache_lookups_total", "counter", "What the cache had for readers of secrets.");
         for lookup in Lookup::ALL {
             let labels = [("result", lookup.label())];
@@ -285,7 +250,7 @@ impl Metrics {
         text.single("cache_max_bytes", "gauge", "CacheBytes.", bytes_max);
 
         let Connections { open, accepted, accept_failures, timed_out, displaced } = self.connections;
-        let refused = self.requests[Outcome::ConnectionLimitExceeded as usize];
+        let refused = self.failures[Code::ConnectionLimitExceeded as usize];
         text.single("connections", "gauge", "Connections of clients that are open.", open);
         text.single("max_connections", "gauge", "MaxConn.", gauges.connections_max);
         text.single("connections_accepted_total", "counter", "Connections accepted.", accepted);
@@ -410,6 +375,9 @@ mod tests {
         for (times, outcome) in Outcome::ALL.iter().enumerate() {
             (0..=times).for_each(|_| metrics.count_request(*outcome));
         }
+        for (times, code) in Code::ALL.iter().enumerate() {
+            (0..=times).for_each(|_| metrics.count_failure(*code));
+        }
         for (times, lookup) in Lookup::ALL.iter().enumerate() {
             (0..=times).for_each(|_| metrics.count_lookup(*lookup));
         }
@@ -420,10 +388,11 @@ mod tests {
         for expected in [
             "kms_agent_requests_total{route=\"secret\",result=\"hit\"} 1",
             "kms_agent_requests_total{route=\"secret\",result=\"stale\"} 4",
-            "kms_agent_requests_total{route=\"ping\",result=\"ok\"} 13",
-            "kms_agent_requests_total{route=\"status\",result=\"ok\"} 15",
-            "kms_agent_requests_total{route=\"gate\",result=\"InvalidParameter\"} 25",
-            "kms_agent_connections_refused_total 19",
+            "kms_agent_requests_total{route=\"ping\",result=\"ok\"} 8",
+            "kms_agent_requests_total{route=\"status\",result=\"ok\"} 10",
+            "kms_agent_requests_total{route=\"secret\",result=\"UpstreamTimeout\"} 1",
+            "kms_agent_requests_total{route=\"gate\",result=\"InvalidParameter\"} 15",
+            "kms_agent_connections_refused_total 9",
             "kms_agent_cache_lookups_total{result=\"bypass\"} 5",
             "kms_agent_upstream_calls_total{result=\"ok\"} 1",
             "kms_agent_upstream_calls_total{result=\"unreachable\"} 10",

@@ -3,6 +3,7 @@
 #![no_main]
 
 use kms_agent::broker::gate::{self, Denial, ID_BYTES_MAX, Question, Route};
+use kms_agent::code::Code;
 use kms_agent::config::ResponseType;
 use kms_agent::http::percent;
 use kms_agent::http::request::{Parsed, header_room, parse};
@@ -79,7 +80,7 @@ fuzz_target!(|bytes: &[u8]| {
             }
             Some(Answer::Denied(denial)) => {
                 assert!(is_printable(&denial.message) && denial.message.len() <= 512);
-                assert!(matches!(denial.code, "InvalidParameter" | "NotFound"), "{denial:?}");
+                assert!(matches!(denial.code, Code::InvalidParameter | Code::NotFound), "{denial:?}");
             }
             Some(answer) => check_secret(&target, kind, &answer),
         }

@@ -3,11 +3,12 @@
 use super::gate::Denial;
 use crate::cache::{Body, Span};
 use crate::call::{CallError, CallErrorKind};
+use crate::code::Code;
 use crate::config::ResponseType;
 use crate::http::write::{self, Date, Persistence};
 use crate::kms::format::{self, Kv};
 use crate::kms::reply::KmsError;
-use crate::metrics::{self, Outcome};
+use crate::metrics::{self, Metrics, Outcome};
 use crate::random::Random;
 use crate::time::Mono;
 use serde_json::json;
@@ -64,77 +65,80 @@ impl From<XCache> for Outcome {
     }
 }
 
+/// Where a failure originates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Origin {
+    Agent(Code),
+    Kms { code: String, request_id: String },
+}
+
 /// Why there is no value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// The status.
-    pub status: u16,
-    /// The `Code`.
-    pub code: Cow<'static, str>,
-    /// The `Message`: what failed and where, nothing secret.
-    pub message: Cow<'static, str>,
-    /// KMS's `RequestId`; empty where the failure is the agent's to tell.
-    pub request_id: String,
-    /// `Retry-After`, seconds.
-    pub retry_after_s: Option<u64>,
-    /// As what it is counted.
-    pub outcome: Outcome,
-    /// A gate refused the request: AWS's agent says that in plain text.
-    at_gate: bool,
+    /// HTTP status.
+    pub(super) status: u16,
+    origin: Origin,
+    /// What failed and where, nothing secret.
+    message: Cow<'static, str>,
+    retry_after_s: Option<u64>,
 }
 
 impl Failure {
     /// KMS's own words.
-    #[must_use]
-    pub fn from_kms(error: &KmsError) -> Failure {
+    pub(super) fn from_kms(error: &KmsError) -> Failure {
         Failure {
             status: error.status,
-            code: error.code.clone().into(),
+            origin: Origin::Kms { code: error.code.clone(), request_id: error.request_id.clone() },
             message: error.message.clone().into(),
-            request_id: error.request_id.clone(),
             retry_after_s: None,
-            outcome: Outcome::of_kms_status(error.status),
-            at_gate: false,
         }
     }
 
     /// A call that brought no reply.
-    #[must_use]
-    pub fn from_call(error: CallError) -> Failure {
-        let (status, code) = match error.kind {
-            CallErrorKind::Timeout => (504, "UpstreamTimeout"),
-            CallErrorKind::Unreachable => (502, "UpstreamUnreachable"),
-            CallErrorKind::InvalidResponse => (502, "UpstreamInvalidResponse"),
+    pub(super) fn from_call(error: CallError) -> Failure {
+        let code = match error.kind {
+            CallErrorKind::Timeout => Code::UpstreamTimeout,
+            CallErrorKind::Unreachable => Code::UpstreamUnreachable,
+            CallErrorKind::InvalidResponse => Code::UpstreamInvalidResponse,
         };
-        Failure::ours(status, code, error.message)
+        Failure::ours(code, error.message)
     }
 
-    /// A reply that KMS cannot have meant.
-    #[must_use]
-    pub fn invalid_response(what: String) -> Failure {
-        Failure::ours(502, "UpstreamInvalidResponse", what)
-    }
-
-    /// Nobody to be for KMS.
-    #[must_use]
-    pub fn no_credentials(why: &impl fmt::Display, retry_after: Duration) -> Failure {
+    /// No usable credentials for KMS. `retry_after`: when there may be some.
+    pub(super) fn no_credentials(why: &impl fmt::Display, retry_after: Duration) -> Failure {
         let retry_after = retry_after.min(NO_CREDENTIALS_RETRY_MAX);
         let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() > 0);
-        let failure = Failure::ours(503, "CredentialUnavailable", why.to_string());
+        let failure = Failure::ours(Code::CredentialUnavailable, why.to_string());
         Failure { retry_after_s: Some(seconds.max(1)), ..failure }
     }
 
-    /// A failure of the agent's own telling.
-    #[must_use]
-    pub fn ours(status: u16, code: &'static str, message: impl Into<Cow<'static, str>>) -> Failure {
+    /// A failure that originates in the agent.
+    pub(super) fn ours(code: Code, message: impl Into<Cow<'static, str>>) -> Failure {
         Failure {
-            status,
-            code: code.into(),
+            status: code.status(),
+            origin: Origin::Agent(code),
             message: message.into(),
-            request_id: String::new(),
             retry_after_s: None,
-            outcome: Outcome::of_code(code).unwrap_or(Outcome::of_kms_status(status)),
-            at_gate: false,
+        }
+    }
+
+    fn code(&self) -> &str {
+        match &self.origin {
+            Origin::Agent(code) => code.label(),
+            Origin::Kms { code, .. } => code,
+        }
+    }
+
+    /// A gate refused the request: AWS's agent says that in plain text.
+    const fn is_at_gate(&self) -> bool {
+        matches!(self.origin, Origin::Agent(code) if code.is_at_gate())
+    }
+
+    /// Counts a request that was answered with it.
+    pub(super) const fn count(&self, metrics: &mut Metrics) {
+        match self.origin {
+            Origin::Agent(code) => metrics.count_failure(code),
+            Origin::Kms { .. } => metrics.count_request(Outcome::of_kms_status(self.status)),
         }
     }
 }
@@ -142,7 +146,7 @@ impl Failure {
 impl From<Denial> for Failure {
     fn from(denial: Denial) -> Failure {
         let retry_after_s = (denial.status == 429).then_some(1);
-        Failure { retry_after_s, at_gate: true, ..Failure::ours(denial.status, denial.code, denial.message) }
+        Failure { status: denial.status, retry_after_s, ..Failure::ours(denial.code, denial.message) }
     }
 }
 
@@ -208,22 +212,24 @@ impl Writer {
 
     /// A failure, in the words that the client's kind expects.
     pub fn failure(&mut self, out: &mut Vec<u8>, failure: &Failure, to: Manner) {
-        let Failure { code, message, .. } = failure;
+        let (code, message, at_gate) = (failure.code(), &failure.message, failure.is_at_gate());
         let (content_type, body) = match self.response_type {
             ResponseType::Kms => {
-                let request_id = match failure.request_id.as_str() {
-                    "" => Cow::Owned(uuid(self.random.next_u128())),
-                    theirs => Cow::Borrowed(theirs),
+                let request_id = match &failure.origin {
+                    Origin::Kms { request_id, .. } if !request_id.is_empty() => {
+                        Cow::Borrowed(request_id.as_str())
+                    }
+                    _ => Cow::Owned(uuid(self.random.next_u128())),
                 };
                 (JSON, json!({"Code": code, "Message": message, "RequestId": request_id}).to_string())
             }
-            ResponseType::Aws if failure.at_gate => ("text/plain", message.clone().into_owned()),
+            ResponseType::Aws if at_gate => ("text/plain", message.clone().into_owned()),
             ResponseType::Aws => (JSON, json!({"__type": code, "message": message}).to_string()),
-            ResponseType::Vault if failure.at_gate => (JSON, json!({"errors": [message]}).to_string()),
+            ResponseType::Vault if at_gate => (JSON, json!({"errors": [message]}).to_string()),
             ResponseType::Vault => (JSON, json!({"errors": [format!("{code}: {message}")]}).to_string()),
         };
         let status = match self.response_type {
-            ResponseType::Vault if !failure.at_gate => vault_status(failure),
+            ResponseType::Vault if !at_gate => vault_status(failure),
             _ => failure.status,
         };
         write::begin(out, &self.date, status, content_type, body.len());
@@ -261,7 +267,7 @@ impl Writer {
 /// an encryption key that is missing, too, and 409 for a secret that is disabled.
 fn vault_status(failure: &Failure) -> u16 {
     match failure.status {
-        404 if failure.code == "Forbidden.ResourceNotFound" => 404,
+        404 if failure.code() == "Forbidden.ResourceNotFound" => 404,
         404 | 409 => 403,
         status => status,
     }
@@ -333,7 +339,7 @@ mod tests {
 
     #[test]
     fn failures_are_json_whatever_they_quote() {
-        let failure = Failure::ours(400, "InvalidParameter", "unknown parameter: a\"\\\u{1}é");
+        let failure = Failure::ours(Code::InvalidParameter, "unknown parameter: a\"\\\u{1}é");
         let reply = text(|w, out| w.failure(out, &failure, KEEP));
         let (_, body) = reply.split_once("\r\n\r\n").unwrap();
         let body: serde_json::Value = serde_json::from_str(body).unwrap();
@@ -345,7 +351,7 @@ mod tests {
     #[test]
     fn statuses_bring_their_headers() {
         let of = |failure: Failure| text(|w, out| w.failure(out, &failure, KEEP));
-        assert!(of(Failure::ours(405, "MethodNotAllowed", "")).contains("\r\nAllow: GET, HEAD\r\n"));
+        assert!(of(Failure::ours(Code::MethodNotAllowed, "")).contains("\r\nAllow: GET, HEAD\r\n"));
         let wait = Duration::from_millis(1200);
         assert!(of(Failure::no_credentials(&"x", wait)).contains("\r\nRetry-After: 2\r\n"));
         assert!(of(Failure::no_credentials(&"x", Duration::ZERO)).contains("\r\nRetry-After: 1\r\n"));
@@ -353,10 +359,14 @@ mod tests {
 
     #[test]
     fn each_kind_of_client_gets_errors_in_its_own_words() {
-        let gate = || Failure { at_gate: true, ..Failure::ours(403, "InvalidToken", "Bad Token") };
-        let kms = || Failure::ours(409, "Rejected.Disabled", "it is \"off\"");
-        let not_found = |code| Failure::ours(404, code, "");
-        let no_path = || Failure { at_gate: true, ..Failure::ours(404, "NotFound", "Not found") };
+        let gate = || Failure::ours(Code::InvalidToken, "Bad Token");
+        let from_kms = |status, code: &str, message: &str| {
+            let (code, message, request_id) = (code.into(), message.into(), String::new());
+            Failure::from_kms(&KmsError { status, code, message, request_id })
+        };
+        let kms = || from_kms(409, "Rejected.Disabled", "it is \"off\"");
+        let not_found = |code| from_kms(404, code, "");
+        let no_path = || Failure::ours(Code::NotFound, "Not found");
         for (response_type, failure, status, body) in [
             (ResponseType::Aws, gate(), "403", "Bad Token"),
             (ResponseType::Aws, kms(), "409", r#"{"__type":"Rejected.Disabled","message":"it is \"off\""}"#),
@@ -379,6 +389,24 @@ mod tests {
             let reply = text_of(response_type, |w, out| w.failure(out, &failure, KEEP));
             let (head, got) = reply.split_once("\r\n\r\n").unwrap();
             assert_eq!((&head[9..12], got), (status, body));
+        }
+    }
+
+    #[test]
+    fn failures_are_counted_by_their_origin() {
+        let count = |failure: &Failure| {
+            let mut metrics = Metrics::default();
+            failure.count(&mut metrics);
+            let text = metrics.render(&metrics::Gauges::default());
+            let line = text.lines().find(|it| it.contains("requests_total{") && it.ends_with(" 1"));
+            line.map(str::to_owned).unwrap()
+        };
+        assert!(count(&Failure::ours(Code::UpstreamTimeout, "")).contains("\"UpstreamTimeout\""));
+        for (status, result) in [(404, "kms_refused"), (429, "kms_throttled"), (500, "kms_failed")] {
+            // Whatever KMS's code, be it one of ours.
+            let (code, message, request_id) = ("NotFound".into(), String::new(), String::new());
+            let failure = Failure::from_kms(&KmsError { status, code, message, request_id });
+            assert!(count(&failure).contains(result), "{status}");
         }
     }
 

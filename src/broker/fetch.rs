@@ -6,6 +6,7 @@ use super::flights::{Flight, FlightId, Phase, Reader, UPSTREAM_CALLS_MAX};
 use super::{Answer, Broker, Output};
 use crate::cache::{Cache, Key, KeyRef, Lookup, REFUSAL_LIFE, UNWELCOME_LIFE, Value};
 use crate::call::{CALL_LIFE, Call, CallError, CallId, Service};
+use crate::code::Code;
 use crate::http::response::Response;
 use crate::identity::{Identity, Standing};
 use crate::kms::reply::{self, KmsError, Reply};
@@ -220,7 +221,11 @@ impl Broker {
             Reply::ClockSkew { error, server_unix_s } => self.on_clock_skew(id, &error, server_unix_s, now),
             Reply::SignatureRefused(error) => self.on_unwelcome(id, error, now.mono),
             Reply::Invalid(what) => {
-                self.on_try_failed(id, TryFailure::lasting(Failure::invalid_response(what)), now.mono);
+                self.on_try_failed(
+                    id,
+                    TryFailure::lasting(Failure::ours(Code::UpstreamInvalidResponse, what)),
+                    now.mono,
+                );
             }
         }
     }
@@ -360,7 +365,7 @@ impl Broker {
 
     /// The agent ends: all who still wait are told so.
     pub fn give_up(&mut self) {
-        let failure = Rc::new(Failure::ours(503, "ServiceUnavailable", "the agent is ending"));
+        let failure = Rc::new(Failure::ours(Code::ServiceUnavailable, "the agent is ending"));
         queue_failure(&mut self.outputs, self.flights.clear(), &failure);
     }
 }
@@ -398,7 +403,7 @@ fn no_reply(flight: &Flight, identity: &Identity, now: Mono) -> Failure {
         let why = format!("no credentials within {seconds} s: {asked_for} is still being asked for");
         return Failure::no_credentials(&why, Duration::ZERO);
     }
-    Failure::ours(504, "UpstreamTimeout", format!("KMS gave no reply within {seconds} s in all"))
+    Failure::ours(Code::UpstreamTimeout, format!("KMS gave no reply within {seconds} s in all"))
 }
 
 /// How a try failed.

@@ -31,6 +31,7 @@
 use super::answer::{Failure, Manner};
 use crate::cache::{Key, KeyRef};
 use crate::call::CallId;
+use crate::code::Code;
 use crate::kms::retry;
 use crate::kms::sign::Credentials;
 use crate::time::Mono;
@@ -335,7 +336,7 @@ impl Flights {
         let id = self.find(key).or_else(|| self.begin(key.to_owned(), has_value, now));
         let Some((id, flight)) = id.and_then(|id| Some((id, self.get_mut(id)?))) else {
             let why = "too many secrets are being fetched at once";
-            return Err(Rc::new(Failure::ours(502, "UpstreamUnreachable", why)));
+            return Err(Rc::new(Failure::ours(Code::UpstreamUnreachable, why)));
         };
         flight.join(reader, has_value, now)?;
         self.arm(id, has_value, now);

@@ -19,6 +19,7 @@ pub use flights::{ClientId, UPSTREAM_CALLS_MAX};
 
 use crate::cache::{Cache, KeyRef, Lives};
 use crate::call::Call;
+use crate::code::Code;
 use crate::config::Config;
 use crate::http::request::{Reject, Request};
 use crate::http::write::Persistence;
@@ -76,7 +77,7 @@ pub struct Done {
     /// Where a secret came from.
     pub x_cache: Option<XCache>,
     /// The code of the gate that refused it.
-    pub code: Option<&'static str>,
+    pub code: Option<Code>,
     /// What it said of the connection.
     pub persistence: Persistence,
 }
@@ -246,7 +247,7 @@ impl Broker {
                 (200, Some(*x_cache))
             }
             Content::Failure(failure) => {
-                self.metrics.count_request(failure.outcome);
+                failure.count(&mut self.metrics);
                 self.writer.failure(out, failure, manner);
                 (failure.status, None)
             }

@@ -6,6 +6,7 @@ use std::fmt;
 
 use zeroize::Zeroizing;
 
+use crate::code::Code;
 use crate::http::response::Response;
 use crate::json::Members;
 use crate::time::unix_s_of;
@@ -16,9 +17,6 @@ pub const CODE_BYTES_MAX: usize = 128;
 pub const MESSAGE_BYTES_MAX: usize = 1024;
 /// Longest `RequestId` kept, in bytes.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
-
-/// `Code` where a server that fails does not answer as KMS does.
-const NOT_FROM_KMS: &str = "UpstreamInvalidResponse";
 
 /// A reply of KMS, sorted by what to do about it.
 #[derive(Debug)]
@@ -158,7 +156,7 @@ fn parse_error(response: &Response) -> Reply {
         // A gateway on the way that fails or throttles is as transient as KMS doing so.
         let error = || KmsError {
             status: 502,
-            code: NOT_FROM_KMS.to_owned(),
+            code: Code::UpstreamInvalidResponse.label().to_owned(),
             message: problem.clone(),
             request_id: String::new(),
         };
