@@ -10,6 +10,8 @@ use std::time::Duration;
 /// `Content-Type` of [`Metrics::render`]'s text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// The family of the latency histogram.
+const DURATIONS: &str = "upstream_call_duration_seconds";
 /// Upper bounds of the latency histogram's buckets, in microseconds, and as they are written.
 const BUCKETS: [(u64, &str); 11] = [
     (5_000, "0.005"),
@@ -95,7 +97,7 @@ impl Outcome {
 
 labelled! {
     /// What the cache had for a reader.
-    Lookup {
+    CacheResult {
         /// A fresh value.
         Hit = "hit",
         /// A value past its TTL.
@@ -140,7 +142,7 @@ labelled! {
 pub struct Metrics {
     requests: [u64; Outcome::ALL.len()],
     failures: [u64; Code::ALL.len()],
-    lookups: [u64; Lookup::ALL.len()],
+    lookups: [u64; CacheResult::ALL.len()],
     calls: [u64; CallResult::ALL.len()],
     /// By bucket, not cumulated; the last is for what is above all bounds.
     call_durations: [u64; BUCKETS.len() + 1],
@@ -206,7 +208,7 @@ impl Metrics {
     }
 
     /// The cache was asked.
-    pub const fn count_lookup(&mut self, lookup: Lookup) {
+    pub const fn count_lookup(&mut self, lookup: CacheResult) {
         self.lookups[lookup as usize] += 1;
     }
 
@@ -223,86 +225,31 @@ impl Metrics {
     #[must_use]
     pub fn render(&self, gauges: &Gauges) -> String {
         let mut text = Text(String::with_capacity(8 * 1024));
-        text.family("build_info", "gauge", "What is running; always 1.");
+        text.family("build_info", "What is running; always 1.");
         text.sample("build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
 
-        text.family("requests_total", "counter", "Requests of clients, by who answered and what.");
-        for outcome in Outcome::ALL {
-            let labels = [("route", outcome.route()), ("result", outcome.label())];
-            text.sample("requests_total", &labels, self.requests[*outcome as usize]);
+        text.family("requests_total", "Requests of clients, by who answered and what.");
+        let replies =
+            Outcome::ALL.iter().zip(self.requests).map(|(it, count)| (it.route(), it.label(), count));
+        let route = |code: &Code| if code.is_at_gate() { "gate" } else { "secret" };
+        let failures = Code::ALL.iter().zip(self.failures).map(|(it, count)| (route(it), it.label(), count));
+        for (route, result, count) in replies.chain(failures) {
+            text.sample("requests_total", &[("route", route), ("result", result)], count);
         }
-        for code in Code::ALL {
-            let route = if code.is_at_gate() { "gate" } else { "secret" };
-            let labels = [("route", route), ("result", code.label())];
-            text.sample("requests_total", &labels, self.failures[*code as usize]);
-        }
-        text.family("cache_lookups_total", "counter", "What the cache had for readers of secrets.");
-        for lookup in Lookup::ALL {
-            let labels = [("result", lookup.label())];
-            text.sample("cache_lookups_total", &labels, self.lookups[*lookup as usize]);
-        }
-        let (entries, bytes) = gauges.cached;
-        let (entries_max, bytes_max) = gauges.cached_max;
-        text.single("cache_refreshes_total", "counter", "Refreshes begun behind the scenes.", self.refreshes);
-        text.single("cache_entries", "gauge", "Secrets in the cache.", entries);
-        text.single("cache_max_entries", "gauge", "CacheSize.", entries_max);
-        text.single("cache_bytes", "gauge", "Bytes of the values in the cache.", bytes);
-        text.single("cache_max_bytes", "gauge", "CacheBytes.", bytes_max);
-
-        let Connections { open, accepted, accept_failures, timed_out, displaced } = self.connections;
-        let refused = self.failures[Code::ConnectionLimitExceeded as usize];
-        text.single("connections", "gauge", "Connections of clients that are open.", open);
-        text.single("max_connections", "gauge", "MaxConn.", gauges.connections_max);
-        text.single("connections_accepted_total", "counter", "Connections accepted.", accepted);
-        text.single(
-            "connections_refused_total",
-            "counter",
-            "Requests told that MaxConn is reached (429).",
-            refused,
-        );
-        text.single(
-            "connections_timed_out_total",
-            "counter",
-            "Connections closed at a deadline, idle ones included.",
-            timed_out,
-        );
-        text.single(
-            "connections_displaced_total",
-            "counter",
-            "Connections closed to make room for others.",
-            displaced,
-        );
-        text.single(
-            "accept_failures_total",
-            "counter",
-            "Connections that could not be accepted: no descriptor or no memory.",
-            accept_failures,
-        );
-
-        text.family("upstream_calls_total", "counter", "Calls to KMS, by what they came to.");
-        for result in CallResult::ALL {
-            let labels = [("result", result.label())];
-            text.sample("upstream_calls_total", &labels, self.calls[*result as usize]);
-        }
+        let lookups = CacheResult::ALL.iter().map(|it| it.label()).zip(self.lookups);
+        text.by_result("cache_lookups_total", "What the cache had for readers of secrets.", lookups);
+        let calls = CallResult::ALL.iter().map(|it| it.label()).zip(self.calls);
+        text.by_result("upstream_calls_total", "Calls to KMS, by what they came to.", calls);
         self.render_durations(&mut text);
-        text.single(
-            "upstream_circuit_open",
-            "gauge",
-            "1 while KMS counts as down and only probes go out.",
-            u8::from(gauges.circuit_open),
-        );
-
         let Fetches { ok, failed } = self.credential_fetches;
-        text.family("credential_fetches_total", "counter", "Fetches and renewals of credentials.");
-        text.sample("credential_fetches_total", &[("result", "ok")], ok);
-        text.sample("credential_fetches_total", &[("result", "failed")], failed);
+        let fetches = [("ok", ok), ("failed", failed)];
+        text.by_result("credential_fetches_total", "Fetches and renewals of credentials.", fetches);
+
+        for (name, help, value) in self.singles(gauges) {
+            text.single(name, help, value);
+        }
         if let Some(unix_s) = gauges.credentials_expire_unix_s {
-            text.single(
-                "credential_expiry_timestamp_seconds",
-                "gauge",
-                "When the newest credentials end.",
-                unix_s,
-            );
+            text.single("credential_expiry_timestamp_seconds", "When the newest credentials end.", unix_s);
         }
         let Text(mut text) = text;
         // A name that every process has, so without ours before it.
@@ -316,19 +263,49 @@ impl Metrics {
         text
     }
 
+    /// The families of one sample without labels: name, help, value.
+    fn singles(&self, gauges: &Gauges) -> [(&'static str, &'static str, u64); 13] {
+        let Connections { open, accepted, accept_failures, timed_out, displaced } = self.connections;
+        let refused = self.failures[Code::ConnectionLimitExceeded as usize];
+        let ((entries, bytes), (entries_max, bytes_max)) = (gauges.cached, gauges.cached_max);
+        let is_open = gauges.circuit_open.into();
+        [
+            ("cache_refreshes_total", "Refreshes begun behind the scenes.", self.refreshes),
+            ("cache_entries", "Secrets in the cache.", entries as u64),
+            ("cache_max_entries", "CacheSize.", entries_max as u64),
+            ("cache_bytes", "Bytes of the values in the cache.", bytes as u64),
+            ("cache_max_bytes", "CacheBytes.", bytes_max as u64),
+            ("connections", "Connections of clients that are open.", open as u64),
+            ("max_connections", "MaxConn.", gauges.connections_max as u64),
+            ("connections_accepted_total", "Connections accepted.", accepted),
+            ("connections_refused_total", "Requests told that MaxConn is reached (429).", refused),
+            (
+                "connections_timed_out_total",
+                "Connections closed at a deadline, idle ones included.",
+                timed_out,
+            ),
+            ("connections_displaced_total", "Connections closed to make room for others.", displaced),
+            (
+                "accept_failures_total",
+                "Connections that could not be accepted: no descriptor or no memory.",
+                accept_failures,
+            ),
+            ("upstream_circuit_open", "1 while KMS counts as down and only probes go out.", is_open),
+        ]
+    }
+
     fn render_durations(&self, text: &mut Text) {
-        const NAME: &str = "upstream_call_duration_seconds";
-        text.family(NAME, "histogram", "How long calls to KMS took, connecting included.");
+        text.family(DURATIONS, "How long calls to KMS took, connecting included.");
         let mut below = 0;
         let bounds = BUCKETS.iter().map(|(_, bound)| *bound).chain(["+Inf"]);
         for (count, bound) in self.call_durations.iter().zip(bounds) {
             below += count;
-            text.sample(format_args!("{NAME}_bucket"), &[("le", bound)], below);
+            text.sample(format_args!("{DURATIONS}_bucket"), &[("le", bound)], below);
         }
         let sum_us = self.call_duration_sum_us;
         let sum = format_args!("{}.{:06}", sum_us / 1_000_000, sum_us % 1_000_000).to_string();
-        text.sample(format_args!("{NAME}_sum"), &[], sum);
-        text.sample(format_args!("{NAME}_count"), &[], below);
+        text.sample(format_args!("{DURATIONS}_sum"), &[], sum);
+        text.sample(format_args!("{DURATIONS}_count"), &[], below);
     }
 }
 
@@ -336,7 +313,13 @@ impl Metrics {
 struct Text(String);
 
 impl Text {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
+    /// The kind follows from the name: by Prometheus' rules counters alone end in `_total`.
+    fn family(&mut self, name: &str, help: &str) {
+        let kind = match name {
+            DURATIONS => "histogram",
+            name if name.ends_with("_total") => "counter",
+            _ => "gauge",
+        };
         let _ = write!(self.0, "# HELP kms_agent_{name} {help}\n# TYPE kms_agent_{name} {kind}\n");
     }
 
@@ -350,10 +333,16 @@ impl Text {
         let _ = writeln!(self.0, "{value}");
     }
 
-    /// A family of one sample without labels.
-    fn single(&mut self, name: &str, kind: &str, help: &str, value: impl Display) {
-        self.family(name, kind, help);
+    fn single(&mut self, name: &str, help: &str, value: impl Display) {
+        self.family(name, help);
         self.sample(name, &[], value);
+    }
+
+    fn by_result(&mut self, name: &str, help: &str, samples: impl IntoIterator<Item = (&'static str, u64)>) {
+        self.family(name, help);
+        for (result, count) in samples {
+            self.sample(name, &[("result", result)], count);
+        }
     }
 }
 
@@ -378,7 +367,7 @@ mod tests {
         for (times, code) in Code::ALL.iter().enumerate() {
             (0..=times).for_each(|_| metrics.count_failure(*code));
         }
-        for (times, lookup) in Lookup::ALL.iter().enumerate() {
+        for (times, lookup) in CacheResult::ALL.iter().enumerate() {
             (0..=times).for_each(|_| metrics.count_lookup(*lookup));
         }
         for (times, result) in CallResult::ALL.iter().enumerate() {

@@ -12,7 +12,7 @@ use crate::identity::{Identity, Standing};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::sign::Credentials;
 use crate::kms::{request as kms_request, retry};
-use crate::metrics::Lookup as Looked;
+use crate::metrics::CacheResult;
 use crate::time::{Mono, Now};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -22,9 +22,9 @@ impl Broker {
     /// What a reader is told without KMS, if anything.
     pub(super) fn look_up(&mut self, key: KeyRef<'_>, now: Mono) -> Option<Content> {
         let (lookup, content, refresh) = match self.cache.lookup(key, now) {
-            Lookup::Fresh { value, refresh } => (Looked::Hit, Some(from_cache(value, now)), refresh),
+            Lookup::Fresh { value, refresh } => (CacheResult::Hit, Some(from_cache(value, now)), refresh),
             Lookup::Refused(error) => {
-                (Looked::Refused, Some(Content::Failure(Rc::new(Failure::from_kms(error)))), false)
+                (CacheResult::Refused, Some(Content::Failure(Rc::new(Failure::from_kms(error)))), false)
             }
             Lookup::Expired(value) => {
                 let content = from_cache(value, now);
@@ -32,9 +32,9 @@ impl Broker {
                 let flight = self.flights.find(key).and_then(|id| self.flights.get(id));
                 let is_failing =
                     flight.is_some_and(|flight| flight.failures.is_some()) || self.circuit.is_known_open(now);
-                (Looked::Expired, is_failing.then_some(content), is_failing)
+                (CacheResult::Expired, is_failing.then_some(content), is_failing)
             }
-            Lookup::Absent => (Looked::Miss, None, false),
+            Lookup::Absent => (CacheResult::Miss, None, false),
         };
         self.metrics.count_lookup(lookup);
         if refresh {
@@ -46,7 +46,7 @@ impl Broker {
     /// What a `refreshNow` reader is told without KMS: what the last such fetch of this key gave, if that was a
     /// moment ago.
     pub(super) fn just_refreshed(&mut self, key: KeyRef<'_>, now: Mono) -> Option<Content> {
-        self.metrics.count_lookup(Looked::Bypass);
+        self.metrics.count_lookup(CacheResult::Bypass);
         match self.refreshes.recent(key, now)? {
             Ok(()) => {
                 let value = self.cache.servable(key, now).filter(|value| now < value.span.expires)?;
