@@ -148,7 +148,7 @@ fn configuration(folder: &Path, kms: &Emulator, port: u16) -> String {
 
 /// The agent's default port; 0, so any free one, where somebody has it.
 fn free_port() -> u16 {
-    let default = config::Server::default().http_port;
+    let default = config::ServerSection::default().http_port;
     match net::mio::listen(default) {
         Ok(_) => default,
         Err(error) => {
@@ -162,7 +162,7 @@ fn introduce(folder: &Folder, kms: &Emulator, port: u16) -> io::Result<()> {
     let (kms, token, config) = (kms.kms_addr(), folder.token(), folder.config());
     let (token, config, folder) = (token.display(), config.display(), folder.0.display());
     // Clients look for the agent on its default port.
-    let variables = if port == config::Server::default().http_port {
+    let variables = if port == config::ServerSection::default().http_port {
         format!("export KMS_TOKEN=file://{token}")
     } else {
         format!("export KMS_TOKEN=file://{token} KMS_AGENT=http://localhost:{port}")

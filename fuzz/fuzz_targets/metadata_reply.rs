@@ -7,7 +7,7 @@
 #![no_main]
 
 use kms_agent::call::{CallError, CallErrorKind, Service};
-use kms_agent::config::{AapArn, HostPort, Kms};
+use kms_agent::config::{AapArn, HostPort, KmsSection};
 use kms_agent::http::request::{Parsed, header_room, parse};
 use kms_agent::http::response::Response;
 use kms_agent::identity::{Identity, Standing};
@@ -50,11 +50,11 @@ fuzz_target!(|bytes: &[u8]| {
 
 fn identity(flags: u8) -> Identity {
     let aap = AapArn::parse("acs:kms:cn-hangzhou:1234:applicationaccesspoint/app").expect("an ARN");
-    let kms = Kms {
+    let kms = KmsSection {
         endpoint: (flags & 1 == 0).then(|| HostPort { host: "kms".to_owned(), port: 443 }),
         role_name: (flags & 4 != 0).then(|| "role".to_owned()),
         aap_arn: (flags & 8 != 0).then_some(aap),
-        ..Kms::default()
+        ..KmsSection::default()
     };
     let env = |name: &str| match name {
         "ALIBABA_CLOUD_IMDSV1_DISABLED" if flags & 2 != 0 => Some("true".into()),

@@ -15,7 +15,7 @@ const PIECES_MAX: usize = 200;
 /// The agent under test.
 pub struct Agent {
     /// `[Server]`, once for each `ResponseType`.
-    pub servers: [config::Server; 3],
+    pub servers: [config::ServerSection; 3],
     /// Holds [`TOKEN`].
     pub token: Secret,
 }
@@ -23,7 +23,7 @@ pub struct Agent {
 /// The one agent of the process.
 pub static AGENT: LazyLock<Agent> = LazyLock::new(|| Agent {
     servers: [ResponseType::Kms, ResponseType::Aws, ResponseType::Vault].map(|response_type| {
-        config::Server {
+        config::ServerSection {
             response_type,
             allowed_hosts: vec!["agent.internal".to_owned(), "::2".to_owned()],
             ..Config::default().server

@@ -99,7 +99,7 @@ const NOT_FOUND: Denial = Denial::new(Code::NotFound, "Not found");
 /// The denial of the first gate that fails.
 pub fn pass<'b>(
     request: &Request<'_, 'b>,
-    server: &config::Server,
+    server: &config::ServerSection,
     token: &Secret,
     busy: bool,
 ) -> Result<Route<'b>, Denial> {
@@ -229,7 +229,7 @@ mod tests {
     }
 
     fn verdict_of(response_type: ResponseType, head: &str, busy: bool) -> String {
-        let server = config::Server {
+        let server = config::ServerSection {
             response_type,
             allowed_hosts: vec!["agent.internal".into()],
             ..config::Config::default().server

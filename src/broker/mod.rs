@@ -85,7 +85,7 @@ pub struct Done {
 /// The broker. One for the agent's whole life.
 #[derive(Debug)]
 pub struct Broker {
-    server: crate::config::Server,
+    server: crate::config::ServerSection,
     token: Secret,
     draining: bool,
     writer: Writer,

@@ -1,158 +1,100 @@
 //! Reads the TOML tree: each value into its place, each problem with its line.
 
+use super::names::{SECTIONS, hint, is_known, section_hint};
+use super::problem::Problem;
+use super::sections::ResponseType;
 use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::time::Duration;
-
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, Error as SyntaxError};
 
-use super::{
-    COMPARED_BYTES_MAX, FOUND_CHARS_MAX, LIKENESS_MIN, Problem, ResponseType, SECTIONS, SYNTAX_ERRORS_MAX,
-};
+/// Lines reported for their syntax errors: past a few they only follow from each other.
+pub(super) const SYNTAX_ERRORS_MAX: usize = 5;
+/// Characters of a wrong value that a message shows.
+const FOUND_CHARS_MAX: usize = 60;
 
 /// Gathers the problems of a file.
-pub(super) struct Reader<'t> {
+pub(super) struct Findings<'t> {
     text: &'t str,
     /// Offset of each line's first byte.
     line_starts: Vec<usize>,
-    /// Where the syntax is wrong, sorted. What was recovered from such places is not judged.
-    broken: Vec<usize>,
     problems: Vec<Problem>,
 }
 
-impl<'t> Reader<'t> {
-    pub(super) fn new(text: &'t str, root: &DeTable<'_>, syntax_errors: &[SyntaxError]) -> Reader<'t> {
+impl<'t> Findings<'t> {
+    pub(super) fn new(text: &'t str) -> Findings<'t> {
         let after_breaks = text.bytes().enumerate().filter(|&(_, byte)| byte == b'\n');
         let line_starts = after_breaks.map(|(offset, _)| offset.saturating_add(1));
-        let mut reader = Reader {
-            text,
-            line_starts: std::iter::once(0).chain(line_starts).collect(),
-            broken: Vec::new(),
-            problems: Vec::new(),
-        };
-        reader.report_syntax(root, syntax_errors);
-        reader
+        Findings { text, line_starts: std::iter::once(0).chain(line_starts).collect(), problems: Vec::new() }
     }
 
     /// Line of a byte, from 1.
-    pub(super) fn line(&self, offset: usize) -> usize {
+    fn line(&self, offset: usize) -> usize {
         self.line_starts.partition_point(|&start| start <= offset)
     }
 
-    /// One problem for each line and value with syntax errors: the first.
-    pub(super) fn report_syntax(&mut self, root: &DeTable<'_>, syntax_errors: &[SyntaxError]) {
+    /// Reports the first lines whose syntax is wrong, each for its first error.
+    pub(super) fn report_syntax(&mut self, errors: &[SyntaxError]) {
         let end = self.text.len();
         let mut errors: Vec<_> =
-            syntax_errors.iter().map(|error| (error.span().unwrap_or(end..end), error.message())).collect();
+            errors.iter().map(|error| (error.span().unwrap_or(end..end), error.message())).collect();
         errors.sort_by_key(|(span, _)| span.start);
-        self.broken = errors.iter().map(|(span, _)| span.start).collect();
         errors.dedup_by_key(|(span, _)| self.line(span.start));
-
-        let mut values: Vec<_> =
-            root.values().filter_map(|value| value.get_ref().as_table()).flat_map(DeTable::values).collect();
-        values.sort_by_key(|value| value.span().start);
-        let mut reported_until = 0;
-        let mut reported = 0;
-        for (span, message) in errors {
-            if span.start < reported_until {
-                continue;
-            }
-            reported += 1;
-            if reported > SYNTAX_ERRORS_MAX {
-                break;
-            }
-            let mut within = String::new();
-            let before = values.partition_point(|value| value.span().start <= span.start);
-            if let Some(value) = before.checked_sub(1).and_then(|last| values.get(last)) {
-                reported_until = value.span().end;
-                let begin = self.line(value.span().start);
-                if span.start < reported_until && begin < self.line(span.start) {
-                    within = format!(" (within the value that begins in line {begin})");
-                }
-            }
+        for (span, message) in errors.into_iter().take(SYNTAX_ERRORS_MAX) {
             // Only a name of ours is safe to be shown: anything else may be part of a secret.
             let at = match self.text.get(span.clone()).filter(|name| is_known(name)) {
                 Some(name) => format!(" at {name}"),
                 None => String::new(),
             };
-            let message = format!("syntax error{at}: {message}{within}");
-            self.problems.push(Problem {
-                line: Some(self.line(span.start)),
-                key: None,
-                found: None,
-                message,
-            });
+            let (line, message) = (Some(self.line(span.start)), format!("syntax error{at}: {message}"));
+            self.problems.push(Problem { line, key: None, found: None, message });
         }
-    }
-
-    /// `true` if the syntax is wrong in this place, or anywhere on its first line.
-    pub(super) fn is_broken(&self, span: &Range<usize>) -> bool {
-        self.is_line_broken(self.line(span.start)) || self.is_syntax_wrong_in(span.start, span.end)
-    }
-
-    pub(super) fn is_line_broken(&self, line: usize) -> bool {
-        let start = |line: usize| self.line_starts.get(line.saturating_sub(1)).copied().unwrap_or(usize::MAX);
-        self.is_syntax_wrong_in(start(line), start(line.saturating_add(1)))
-    }
-
-    pub(super) fn is_syntax_wrong_in(&self, start: usize, end: usize) -> bool {
-        let first = self.broken.partition_point(|&offset| offset < start);
-        self.broken.get(first).is_some_and(|&offset| offset < end)
     }
 
     /// Reports a problem of the key or value at `span`.
-    pub(super) fn report(
-        &mut self,
-        span: &Range<usize>,
-        key: String,
-        found: Option<String>,
-        message: String,
-    ) {
-        if !self.is_broken(span) {
-            let line = Some(self.line(span.start));
-            self.problems.push(Problem { line, key: Some(key), found, message });
-        }
+    fn report(&mut self, span: &Range<usize>, key: String, found: Option<String>, message: String) {
+        let line = Some(self.line(span.start));
+        self.problems.push(Problem { line, key: Some(key), found, message });
     }
 
     /// Reports unknown sections and keys.
     pub(super) fn report_unknown(&mut self, root: &DeTable<'_>) {
         for (name, value) in root {
             let (span, name) = (name.span(), name.get_ref().as_ref());
-            match (SECTIONS.iter().find(|(section, _)| *section == name), value.get_ref()) {
-                (Some((section, keys)), DeValue::Table(table)) => {
-                    for key in table.keys().filter(|key| !keys.contains(&key.get_ref().as_ref())) {
-                        let message = format!("unknown key; {}", hint(Some((section, keys)), key.get_ref()));
-                        self.report(
-                            &key.span(),
-                            format!("[{section}] {}", excerpt(key.get_ref())),
-                            None,
-                            message,
-                        );
+            let (key, message) =
+                match (SECTIONS.iter().find(|(section, _)| *section == name), value.get_ref()) {
+                    (Some((section, keys)), DeValue::Table(table)) => {
+                        for key in table.keys().filter(|key| !keys.contains(&key.get_ref().as_ref())) {
+                            let message =
+                                format!("unknown key; {}", hint(Some((section, keys)), key.get_ref()));
+                            self.report(
+                                &key.span(),
+                                format!("[{section}] {}", excerpt(key.get_ref())),
+                                None,
+                                message,
+                            );
+                        }
+                        continue;
                     }
-                }
-                (Some((section, _)), _) => {
-                    let message = format!("must be one section: a line [{section}], its keys below it");
-                    self.report(&span, format!("[{section}]"), None, message);
-                }
-                // After a header without its `]` the next key is taken for a section.
-                (None, DeValue::Table(_)) if self.is_line_broken(self.line(span.start).saturating_sub(1)) => {
-                }
-                (None, DeValue::Table(_)) => {
-                    let message = format!("unknown section; {}", section_hint(name));
-                    self.report(&span, format!("[{}]", excerpt(name)), None, message);
-                }
-                (None, _) => {
-                    let message = format!("a key outside of any section; {}", hint(None, name));
-                    self.report(&span, excerpt(name), None, message);
-                }
-            }
+                    (Some((section, _)), _) => (
+                        format!("[{section}]"),
+                        format!("must be one section: a line [{section}], its keys below it"),
+                    ),
+                    (None, DeValue::Table(_)) => {
+                        (format!("[{}]", excerpt(name)), format!("unknown section; {}", section_hint(name)))
+                    }
+                    (None, _) => {
+                        (excerpt(name), format!("a key outside of any section; {}", hint(None, name)))
+                    }
+                };
+            self.report(&span, key, None, message);
         }
     }
 
     pub(super) fn section<'r>(&'r mut self, root: &'r DeTable<'t>, name: &'static str) -> Section<'r, 't> {
         let table = root.get(name).and_then(|value| value.get_ref().as_table());
-        Section { name, table, reader: self }
+        Section { name, table, findings: self }
     }
 
     pub(super) fn into_problems(mut self) -> Vec<Problem> {
@@ -166,7 +108,7 @@ impl<'t> Reader<'t> {
 pub(super) struct Section<'r, 't> {
     name: &'static str,
     table: Option<&'r DeTable<'t>>,
-    reader: &'r mut Reader<'t>,
+    findings: &'r mut Findings<'t>,
 }
 
 /// Whether names that differ in case only are different names.
@@ -177,7 +119,7 @@ pub(super) enum Case {
 }
 
 impl<'r, 't> Section<'r, 't> {
-    pub(super) fn value(&self, key: &str) -> Option<&'r Spanned<DeValue<'t>>> {
+    fn value(&self, key: &str) -> Option<&'r Spanned<DeValue<'t>>> {
         self.table?.get(key)
     }
 
@@ -194,10 +136,10 @@ impl<'r, 't> Section<'r, 't> {
     }
 
     /// Reports a problem of `value`, which is a key's or an element of it.
-    pub(super) fn problem_at(&mut self, key: &str, value: &Spanned<DeValue<'_>>, message: String) {
+    fn problem_at(&mut self, key: &str, value: &Spanned<DeValue<'_>>, message: String) {
         let span = value.span();
-        let found = self.reader.text.get(span.clone()).map(excerpt);
-        self.reader.report(&span, format!("[{}] {key}", self.name), found, message);
+        let found = self.findings.text.get(span.clone()).map(excerpt);
+        self.findings.report(&span, format!("[{}] {key}", self.name), found, message);
     }
 
     /// A whole number in `range`.
@@ -215,7 +157,7 @@ impl<'r, 't> Section<'r, 't> {
     }
 
     /// A whole number; one past 128 bits counts as the largest. `allowed` says which ones, for messages.
-    pub(super) fn number(&mut self, key: &str, allowed: &str) -> Option<i128> {
+    fn number(&mut self, key: &str, allowed: &str) -> Option<i128> {
         let value = self.value(key)?;
         let must = match value.get_ref() {
             DeValue::Integer(number) => {
@@ -271,7 +213,7 @@ impl<'r, 't> Section<'r, 't> {
         }
     }
 
-    /// The same, where an empty string is none.
+    /// Like [`Section::text`], but an empty string means that the key is not set.
     pub(super) fn optional<T>(
         &mut self,
         key: &str,
@@ -330,7 +272,7 @@ impl<'r, 't> Section<'r, 't> {
 }
 
 /// What a value is, with its article.
-pub(super) fn kind(value: &DeValue<'_>) -> &'static str {
+fn kind(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::String(_) => "a string",
         DeValue::Integer(_) | DeValue::Float(_) => "a number",
@@ -342,7 +284,7 @@ pub(super) fn kind(value: &DeValue<'_>) -> &'static str {
 }
 
 /// A value or name of the file for a message: its first line, shortened, without control characters.
-pub(super) fn excerpt(text: &str) -> String {
+fn excerpt(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
     let mut shown: String = line
         .chars()
@@ -353,68 +295,4 @@ pub(super) fn excerpt(text: &str) -> String {
         shown.push('…');
     }
     shown
-}
-
-/// `true` for the name of a section or key.
-pub(super) fn is_known(name: &str) -> bool {
-    SECTIONS.iter().any(|(section, keys)| *section == name || keys.contains(&name))
-}
-
-/// How alike two names are, from 0 to 1. Case and marks between words do not count.
-pub(super) fn likeness(name: &str, known: &str) -> f64 {
-    if name.len() > COMPARED_BYTES_MAX {
-        return 0.0;
-    }
-    let plain = |name: &str| -> String {
-        name.chars().filter(|c| !matches!(c, '_' | '-' | ' ')).map(|c| c.to_ascii_lowercase()).collect()
-    };
-    strsim::normalized_damerau_levenshtein(&plain(name), &plain(known))
-}
-
-/// The candidate most like `name`, the first of several, if it is alike enough to be meant.
-pub(super) fn nearest<T>(
-    name: &str,
-    candidates: impl Iterator<Item = (T, &'static str)>,
-) -> Option<(T, &'static str)> {
-    let mut best = None;
-    let mut best_likeness = LIKENESS_MIN;
-    for (place, known) in candidates {
-        let likeness = likeness(name, known);
-        if likeness > best_likeness || (best.is_none() && likeness >= best_likeness) {
-            (best, best_likeness) = (Some((place, known)), likeness);
-        }
-    }
-    best
-}
-
-/// What the unknown key `name` in `section` was meant to be; `None`: it is in no section.
-pub(super) fn hint(section: Option<(&str, &[&'static str])>, name: &str) -> String {
-    let own = section.into_iter().flat_map(|(_, keys)| keys.iter().map(|&key| (None, key)));
-    let others = SECTIONS
-        .iter()
-        .filter(|(other, _)| section.is_none_or(|(own, _)| own != *other))
-        .flat_map(|(other, keys)| keys.iter().map(|&key| (Some(*other), key)));
-    match (nearest(name, own.chain(others)), section) {
-        (Some((Some(place), known)), _) if known == name => format!("it belongs in [{place}]"),
-        (Some((Some(place), known)), _) => format!("did you mean {known} in [{place}]?"),
-        (Some((None, known)), _) if known.eq_ignore_ascii_case(name) => {
-            format!("did you mean {known}? (upper and lower case matter)")
-        }
-        (Some((None, known)), _) => format!("did you mean {known}?"),
-        (None, Some((section, keys))) => format!("[{section}] knows {}", keys.join(", ")),
-        (None, None) => sections(),
-    }
-}
-
-/// What the unknown section `name` was meant to be.
-pub(super) fn section_hint(name: &str) -> String {
-    match nearest(name, SECTIONS.iter().map(|&(section, _)| ((), section))) {
-        Some(((), known)) => format!("did you mean [{known}]?"),
-        None => sections(),
-    }
-}
-
-pub(super) fn sections() -> String {
-    let names: Vec<_> = SECTIONS.iter().map(|(section, _)| format!("[{section}]")).collect();
-    format!("the sections are {}", names.join(", "))
 }

@@ -1,7 +1,12 @@
 //! Every key's bounds, and what is said of wrong ones.
 
+use super::names::SECTIONS;
+use super::reader::SYNTAX_ERRORS_MAX;
 use super::*;
+use crate::log::Settings as LogSection;
 use ::log::LevelFilter;
+use std::fmt::{self, Display};
+use std::time::Duration;
 
 /// What comes out of a file with this one key.
 fn with(section: &str, key: &str, value: impl Display) -> Result<Config, String> {
@@ -34,7 +39,7 @@ fn check<T: PartialEq + fmt::Debug>(
 #[test]
 fn nothing_written_gives_the_defaults_of_the_contract() {
     let expected = Config {
-        server: Server {
+        server: ServerSection {
             http_port: 2025,
             ssrf_headers: vec!["X-KMS-Token".into(), "X-Vault-Token".into()],
             ssrf_env_variables: vec![
@@ -48,13 +53,13 @@ fn nothing_written_gives_the_defaults_of_the_contract() {
             ignore_transient_errors: true,
             allowed_hosts: vec![],
         },
-        cache: Cache {
+        cache: CacheSection {
             size: 1000,
             bytes: 16_777_216,
             ttl: Duration::from_secs(300),
             max_stale: Duration::from_secs(86_400),
         },
-        kms: Kms {
+        kms: KmsSection {
             region: None,
             endpoint: None,
             auth_type: AuthType::Auto,
@@ -63,7 +68,7 @@ fn nothing_written_gives_the_defaults_of_the_contract() {
             ca_file: None,
             metadata_endpoint: HostPort { host: "100.100.100.200".into(), port: 80 },
         },
-        log: Log {
+        log: LogSection {
             level: LevelFilter::Debug,
             path: LogPath::Folder("./logs/".into()),
             file_size_mb: 100,
@@ -325,7 +330,7 @@ fn allowed_hosts() {
     assert!(read(&label).is_ok());
     assert!(read(&format!("{label}x")).is_err());
     let longest = format!("{label}.{label}.{label}.{}", &label[..61]);
-    assert_eq!(longest.len(), HOST_BYTES_MAX);
+    assert_eq!(longest.len(), 253);
     assert!(read(&longest).is_ok());
     assert!(read(&format!("{longest}x")).is_err());
 }
@@ -646,7 +651,7 @@ SSRFHeaders = [
 'X Bad',
 'Host',
 ]
-PathPrefix = v1
+PathPrefix = 'v1'
 MaxCon = 3
 
 [Storage]
@@ -660,7 +665,7 @@ AuthType = 'instance_identity'
         (6, Some("[Server] HttpPort")),
         (9, Some("[Server] SSRFHeaders")),
         (10, Some("[Server] SSRFHeaders")),
-        (12, None),
+        (12, Some("[Server] PathPrefix")),
         (13, Some("[Server] MaxCon")),
         (15, Some("[Storage]")),
         (17, Some("[KMS] AuthType")),
@@ -684,18 +689,15 @@ fn syntax_errors_have_their_line_once() {
         ),
         ("[Server]\nMaxConn = 3\nMaxConn = 4\n", "line 3: syntax error at MaxConn: duplicate key"),
         ("[Log]\n[Cache]\n[Log]\n", "line 3: syntax error at Log: duplicate key"),
-        (
-            "[Server]\nSSRFHeaders = ['a',\nMaxConn = 3\nHttpPort = 4\n",
-            "line 3: syntax error at MaxConn: string values must be quoted, expected literal string (within the value that begins in line 2)",
-        ),
     ] {
         assert_eq!(problems(text), expected, "{text}");
     }
+    // What is wrong otherwise is left for when the file can be read.
     let both =
         problems("[Server]\nMaxConn = many\nHttpPort = -1\nAllowedHosts = [1 2]\n[Cache]\nCacheSize = 0");
     let lines: Vec<_> =
         both.lines().map(|line| line.split(' ').take(3).collect::<Vec<_>>().join(" ")).collect();
-    assert_eq!(lines, ["line 2: syntax", "line 3: [Server]", "line 4: syntax", "line 6: [Cache]"]);
+    assert_eq!(lines, ["line 2: syntax", "line 4: syntax"]);
     let many = problems(&"=\n".repeat(1000));
     assert_eq!(many.lines().count(), SYNTAX_ERRORS_MAX);
 }

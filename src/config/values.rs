@@ -1,12 +1,158 @@
 //! What a single value has to look like. Each function reads a text, or says what is allowed.
 
+use crate::log::LogPath;
+use crate::text::{ROLE_NAME_BYTES_MAX, is_name_byte, is_role_name, is_token_byte};
+use ::log::LevelFilter;
+use std::fmt::{self, Display};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use ::log::LevelFilter;
+/// Bytes of a header name in `SSRFHeaders`.
+const HEADER_NAME_BYTES_MAX: usize = 128;
+/// Bytes of a name in `SSRFEnvVariables`.
+const ENV_NAME_BYTES_MAX: usize = 128;
+/// Bytes of a host name (RFC 1123 2.1).
+const HOST_BYTES_MAX: usize = 253;
+/// Bytes of one label of a host name (RFC 1123 2.1).
+const HOST_LABEL_BYTES_MAX: usize = 63;
+/// Bytes of `PathPrefix`.
+const PATH_PREFIX_BYTES_MAX: usize = 256;
+/// Bytes of `Region`, also of the one in `AapArn`.
+const REGION_BYTES_MAX: usize = 32;
+/// Digits of the account in `AapArn` (accounts have 16 today).
+const ACCOUNT_DIGITS_MAX: usize = 20;
+/// Bytes of the access point's name in `AapArn`.
+const AAP_NAME_BYTES_MAX: usize = 128;
+/// Bytes of a path: Linux's `PATH_MAX` with its final zero.
+const PATH_BYTES_MAX: usize = 4095;
+/// Port of `Endpoint` where none is written.
+pub const ENDPOINT_PORT: u16 = 443;
+/// Port of `MetadataEndpoint` where none is written.
+pub(super) const METADATA_PORT: u16 = 80;
 
-use super::*;
-use crate::text::{ROLE_NAME_BYTES_MAX, is_role_name, is_token_byte};
+/// `AuthType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AuthType {
+    /// `auto`: with `AapArn` instance identity, else the default credential chain.
+    Auto,
+    /// `ram_role`: the instance's RAM role.
+    RamRole,
+    /// `instance_identity`: the instance identity document, by an application access point.
+    InstanceIdentity,
+    /// `access_key`: an access key from the environment.
+    AccessKey,
+    /// `oidc`: an OIDC token (RRSA).
+    Oidc,
+}
+
+/// A host and its port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HostPort {
+    /// A host name in lower case, or an IP address; IPv6 without brackets.
+    pub host: String,
+    /// TCP port, never 0 where it came from a configuration.
+    pub port: u16,
+}
+
+impl HostPort {
+    /// Reads `host`, `host:port`, `[IPv6]` or `[IPv6]:port`.
+    ///
+    /// # Errors
+    /// What it must be instead, for a message.
+    pub fn parse(text: &str, default_port: u16) -> Result<HostPort, String> {
+        const FORM: &str = "must be host or host:port";
+        if let Some((scheme, _)) = text.split_once("://") {
+            return Err(format!("{FORM}: leave {scheme}:// away"));
+        }
+        if let Some((_, _)) = text.split_once(['/', '?', '#']) {
+            return Err(format!("{FORM}: leave away what follows them"));
+        }
+        let (host, port) = match (text.starts_with('['), text.rsplit_once(':')) {
+            (true, Some((host, port))) if host.ends_with(']') => (host, Some(port)),
+            (false, Some((host, _))) if host.contains(':') => {
+                return Err(format!("{FORM}, an IPv6 address in brackets: [::1]:{default_port}"));
+            }
+            (false, Some((host, port))) => (host, Some(port)),
+            _ => (text, None),
+        };
+        let port = match port {
+            None => default_port,
+            Some(port) => Some(port)
+                .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|port| port.parse().ok())
+                .filter(|&port| port > 0)
+                .ok_or_else(|| format!("{FORM}, the port 1 to 65535"))?,
+        };
+        Ok(HostPort { host: read_host(host)?, port })
+    }
+
+    /// KMS's endpoint in a region's VPCs: `kms-vpc.<region>.aliyuncs.com`.
+    #[must_use]
+    pub fn kms_in(region: &str) -> HostPort {
+        HostPort { host: format!("kms-vpc.{region}.aliyuncs.com"), port: ENDPOINT_PORT }
+    }
+
+    /// As in a `Host` header or a URL: the port only if it is not `default_port`.
+    #[must_use]
+    pub fn authority(&self, default_port: u16) -> String {
+        if self.port == default_port { self.bracketed() } else { self.to_string() }
+    }
+
+    fn bracketed(&self) -> String {
+        if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() }
+    }
+}
+
+/// `host:port`, IPv6 in brackets.
+impl Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.bracketed(), self.port)
+    }
+}
+
+/// `acs:kms:<region>:<account>:applicationaccesspoint/<name>`: an application access point of KMS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AapArn {
+    /// Region id.
+    pub region: String,
+    /// Account id: digits.
+    pub account: String,
+    /// Name of the access point.
+    pub name: String,
+    text: String,
+}
+
+impl AapArn {
+    /// Reads an ARN.
+    ///
+    /// # Errors
+    /// What it must be instead, for a message.
+    pub fn parse(text: &str) -> Result<AapArn, String> {
+        let parts = || {
+            let (region, rest) = text.strip_prefix("acs:kms:")?.split_once(':')?;
+            let (account, rest) = rest.split_once(':')?;
+            let name = rest.strip_prefix("applicationaccesspoint/")?;
+            let valid = is_region(region)
+                && consists_of(account, ACCOUNT_DIGITS_MAX, |byte| byte.is_ascii_digit())
+                && consists_of(name, AAP_NAME_BYTES_MAX, is_name_byte);
+            valid.then(|| AapArn {
+                region: region.to_owned(),
+                account: account.to_owned(),
+                name: name.to_owned(),
+                text: text.to_owned(),
+            })
+        };
+        parts().ok_or_else(|| {
+            "must be acs:kms:<region>:<account>:applicationaccesspoint/<name> (no <> around them)".to_owned()
+        })
+    }
+
+    /// The whole ARN, as written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
 
 /// `true` for 1 to `bytes_max` bytes that all satisfy `allowed`.
 pub(super) fn consists_of(text: &str, bytes_max: usize, allowed: impl Fn(u8) -> bool) -> bool {

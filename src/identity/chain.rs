@@ -11,7 +11,7 @@ use super::provider::{Progress, Provider, Shared};
 use super::ram_role::RamRole;
 use super::uri::CredentialsUri;
 use crate::call::CallError;
-use crate::config::{AuthType, Kms};
+use crate::config::{AuthType, KmsSection};
 use crate::http::response::Response;
 use crate::random::Random;
 use crate::text::is_role_name;
@@ -50,7 +50,10 @@ impl Chain {
     ///
     /// # Errors
     /// When what is asked for cannot be: the message names key or variable.
-    pub fn from_config(kms: &Kms, env: &dyn Fn(&str) -> Option<OsString>) -> Result<Chain, NotConfigured> {
+    pub fn from_config(
+        kms: &KmsSection,
+        env: &dyn Fn(&str) -> Option<OsString>,
+    ) -> Result<Chain, NotConfigured> {
         let env = &Env(env);
         let providers = match (kms.auth_type, &kms.aap_arn) {
             (AuthType::Auto, None) => default_chain(kms, env)?,
@@ -196,7 +199,7 @@ fn pinned(auth_type: &str, found: Found) -> Found {
     found.map_err(|problem| NotConfigured::Wrong(format!("[KMS] AuthType = \"{auth_type}\": {problem}")))
 }
 
-fn ram_role(kms: &Kms, env: &Env<'_>) -> Found {
+fn ram_role(kms: &KmsSection, env: &Env<'_>) -> Found {
     let role = match &kms.role_name {
         Some(role) => Some(role.clone()),
         None => env.text(ROLE_NAME)?,
@@ -207,7 +210,7 @@ fn ram_role(kms: &Kms, env: &Env<'_>) -> Found {
     Ok(Box::new(RamRole::new(role)))
 }
 
-fn instance_identity(kms: &Kms) -> Found {
+fn instance_identity(kms: &KmsSection) -> Found {
     let (Some(aap), Some(endpoint)) = (&kms.aap_arn, kms.endpoint()) else {
         return Err(NotConfigured::Wrong("[KMS] AuthType = \"instance_identity\": needs AapArn".to_owned()));
     };
@@ -217,7 +220,7 @@ fn instance_identity(kms: &Kms) -> Found {
 
 /// Those of the default credential chain that are configured. The SDKs' profile files are not among them: they
 /// are a person's, and this is a daemon.
-fn default_chain(kms: &Kms, env: &Env<'_>) -> Result<Vec<Box<dyn Provider>>, NotConfigured> {
+fn default_chain(kms: &KmsSection, env: &Env<'_>) -> Result<Vec<Box<dyn Provider>>, NotConfigured> {
     let on_ecs = || match env.is_true(METADATA_DISABLED) {
         true => Err(NotConfigured::Missing(format!("{METADATA_DISABLED} is true"))),
         false => ram_role(kms, env),

@@ -22,7 +22,7 @@ pub use error::{Asked, IdentityError, Problem};
 pub use question::Question;
 
 use crate::call::CallError;
-use crate::config::Kms;
+use crate::config::KmsSection;
 use crate::http::response::Response;
 use crate::kms::retry;
 use crate::kms::sign::Credentials;
@@ -101,7 +101,7 @@ impl Identity {
     /// # Errors
     /// When what they say cannot be; the message names key or variable.
     pub fn from_config(
-        kms: &Kms,
+        kms: &KmsSection,
         env: &dyn Fn(&str) -> Option<OsString>,
         random: Random,
     ) -> Result<Identity, NotConfigured> {

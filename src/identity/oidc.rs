@@ -56,7 +56,7 @@ impl Oidc {
     ///
     /// # Errors
     /// Which variable is missing, or has a value that cannot be one.
-    pub fn find(env: &Env<'_>, kms: &config::Kms) -> Result<Oidc, NotConfigured> {
+    pub fn find(env: &Env<'_>, kms: &config::KmsSection) -> Result<Oidc, NotConfigured> {
         env.need(&[ROLE_ARN, PROVIDER_ARN, TOKEN_FILE])?;
         let in_vpc = env.is_true(VPC);
         let wrong =

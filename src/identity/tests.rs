@@ -35,16 +35,16 @@ fn nested(id: &str, ends_s: i64) -> String {
     format!(r#"{{"RequestId":"r","Credentials":{{{}}}}}"#, members(id, ends_s))
 }
 
-fn kms(change: impl FnOnce(&mut Kms)) -> Kms {
+fn kms(change: impl FnOnce(&mut KmsSection)) -> KmsSection {
     let endpoint = Some(HostPort { host: "kms.test".into(), port: 443 });
-    let mut kms = Kms { endpoint, ..Kms::default() };
+    let mut kms = KmsSection { endpoint, ..KmsSection::default() };
     change(&mut kms);
     kms
 }
 
 type Variables = [(&'static str, &'static str)];
 
-fn configured(kms: &Kms, variables: &Variables) -> Result<Identity, NotConfigured> {
+fn configured(kms: &KmsSection, variables: &Variables) -> Result<Identity, NotConfigured> {
     let variables: BTreeMap<_, _> = variables.iter().copied().collect();
     let env = |name: &str| variables.get(name).map(OsString::from);
     Identity::from_config(kms, &env, Random::from_seed(1))
@@ -68,7 +68,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(kms: &Kms, variables: &Variables) -> Rig {
+    fn new(kms: &KmsSection, variables: &Variables) -> Rig {
         Rig { identity: configured(kms, variables).unwrap(), now: at(0), asked: Vec::new() }
     }
 
@@ -242,7 +242,7 @@ fn trouble_is_told_when_it_changes_and_once_a_minute() {
 
 #[test]
 fn hardened_mode_is_asked_first_and_its_token_is_kept() {
-    let mut rig = Rig::new(&Kms::default(), &[]);
+    let mut rig = Rig::new(&KmsSection::default(), &[]);
     let service = [
         token(),
         ("GET /latest/meta-data/region-id ", ok("cn-hangzhou\n")),
@@ -321,7 +321,7 @@ fn the_metadata_services_failures_say_what_to_do() {
         let error = rig.stands().unwrap_err();
         assert!(error.starts_with("metadata service: ") && error.contains(expected), "{error}");
     }
-    let mut rig = Rig::new(&Kms::default(), &[]);
+    let mut rig = Rig::new(&KmsSection::default(), &[]);
     rig.converse(&[("PUT", None)]);
     let error = rig.stands().unwrap_err();
     assert!(
@@ -347,7 +347,7 @@ fn an_access_key_is_there_at_once_and_for_good() {
     assert!(rig.identity.poll(at(1_000_000).mono).is_none() && rig.asked.is_empty());
 
     let with_token = [KEY[0], KEY[1], ("ALIBABA_CLOUD_SECURITY_TOKEN", "hush-token")];
-    let mut rig = Rig::new(&Kms::default(), &with_token);
+    let mut rig = Rig::new(&KmsSection::default(), &with_token);
     assert_eq!(rig.stands().unwrap_err(), "pending", "the region is asked for");
     rig.converse(&[token(), ("GET /latest/meta-data/region-id ", ok("cn-beijing"))]);
     assert!(rig.credentials().security_token.as_ref().unwrap().ct_eq(b"hush-token"));
@@ -372,7 +372,7 @@ impl Drop for TokenFile {
 }
 
 /// An identity by OIDC with the token in `file`.
-fn oidc(kms: &Kms, file: &std::path::Path, more: &Variables) -> Rig {
+fn oidc(kms: &KmsSection, file: &std::path::Path, more: &Variables) -> Rig {
     let mut variables: BTreeMap<&str, OsString> =
         more.iter().map(|(name, value)| (*name, value.into())).collect();
     variables.insert("ALIBABA_CLOUD_ROLE_ARN", "acs:ram::1:role/a b".into());
@@ -413,14 +413,14 @@ fn the_sts_endpoint_is_that_of_its_region() {
     let region = |region: &str| kms(|it| it.region = Some(region.to_owned()));
     let vpc = ("ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED", "True");
     let sts_region = ("ALIBABA_CLOUD_STS_REGION", "cn-a");
-    let cases: [(Kms, &Variables, &str); 7] = [
+    let cases: [(KmsSection, &Variables, &str); 7] = [
         (region("cn-b"), &[], "sts.cn-b.aliyuncs.com:443"),
         (region("cn-b"), &[vpc], "sts-vpc.cn-b.aliyuncs.com:443"),
         (region("cn-b"), &[vpc, sts_region], "sts-vpc.cn-a.aliyuncs.com:443"),
         (kms(|_| {}), &[], "sts.aliyuncs.com:443"),
         (kms(|_| {}), &[("ALIBABA_CLOUD_STS_ENDPOINT", "https://sts.test/")], "sts.test:443"),
         (region("cn-b"), &[vpc, ("ALIBABA_CLOUD_STS_ENDPOINT", "127.0.0.1:99")], "127.0.0.1:99"),
-        (Kms::default(), &[vpc], "sts-vpc.cn-m.aliyuncs.com:443"),
+        (KmsSection::default(), &[vpc], "sts-vpc.cn-m.aliyuncs.com:443"),
     ];
     for (kms, variables, expected) in cases {
         let mut rig = oidc(&kms, &file.0, variables);
@@ -483,8 +483,8 @@ fn the_chain_goes_on_until_one_works_and_stays_with_it() {
     assert_eq!(rig.stands().unwrap(), "STS.1");
 }
 
-fn by_aap() -> Kms {
-    Kms { aap_arn: Some(AapArn::parse(AAP).unwrap()), ..Kms::default() }
+fn by_aap() -> KmsSection {
+    KmsSection { aap_arn: Some(AapArn::parse(AAP).unwrap()), ..KmsSection::default() }
 }
 
 #[test]
@@ -568,9 +568,9 @@ fn who_it_is_follows_configuration_and_environment() {
         ("ALIBABA_CLOUD_OIDC_TOKEN_FILE", "/f"),
     ];
     let no_metadata = ("ALIBABA_CLOUD_ECS_METADATA_DISABLED", "true");
-    let auth_type = |auth_type| Kms { auth_type, ..by_aap() };
-    let auto = Kms::default;
-    type Case = (Kms, Vec<(&'static str, &'static str)>, Result<&'static str, &'static str>);
+    let auth_type = |auth_type| KmsSection { auth_type, ..by_aap() };
+    let auto = KmsSection::default;
+    type Case = (KmsSection, Vec<(&'static str, &'static str)>, Result<&'static str, &'static str>);
     let cases: [Case; 17] = [
         (auto(), vec![], Ok("the instance's RAM role")),
         (auto(), vec![KEY[0]], Ok("the instance's RAM role")),
