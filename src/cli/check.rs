@@ -3,8 +3,11 @@
 mod report;
 mod upstream;
 
+use super::args::{Stop, set_path, set_string};
+use super::configuration::load_quietly;
 use super::local::{self, Agent, LocalError};
-use super::{Command, FAILED, OK, USAGE, listener, set_path, set_string, status, text};
+use super::terminal::{FAILED, OK, USAGE};
+use super::{listener, status};
 use crate::config::Config;
 use crate::http::response::Response;
 use crate::log::Reason;
@@ -14,7 +17,7 @@ use serde_json::Value;
 use std::io;
 use std::path::PathBuf;
 
-const HELP: &str = "\
+pub(super) const HELP: &str = "\
 kms-agent check - find out what keeps the agent from working
 
 Usage: kms-agent check [--secret ID] [--config FILE]
@@ -46,30 +49,29 @@ Exit codes: 0 all is well, 1 something failed, 2 wrong usage or configuration
 
 /// What to look at.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Options {
+pub(super) struct Options {
     config: Option<PathBuf>,
     secret: Option<String>,
 }
 
-pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Options, Stop> {
     use lexopt::Arg::{Long, Short};
     let mut secret = None;
-    while let Some(argument) = parser.next().map_err(text)? {
+    while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Short('h') | Long("help") => return Err(Stop::Help),
             Short('c') | Long("config") => set_path(&mut config, "--config", parser)?,
             Long("secret") => set_string(&mut secret, "--secret", parser)?,
-            other => return Err(text(other.unexpected())),
+            other => return Err(other.unexpected().into()),
         }
     }
-    Ok(Command::Check(Options { config, secret }))
+    Ok(Options { config, secret })
 }
 
 /// The command; the result is the exit code.
-#[must_use]
-pub fn main(options: Options) -> u8 {
+pub(super) fn main(options: Options) -> u8 {
     let mut report = Report::to_stdout();
-    let loaded = match super::load_quietly(options.config) {
+    let loaded = match load_quietly(options.config) {
         Ok(loaded) => loaded,
         Err(error) => {
             report.failed("configuration", error);

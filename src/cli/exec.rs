@@ -1,7 +1,9 @@
 //! `kms-agent exec`: runs a program with secrets in its environment.
 
+use super::args::{Stop, set_path};
+use super::configuration::load;
 use super::local::{self, Agent, Question};
-use super::{Command, FAILED, complain, set_path, text};
+use super::terminal::{FAILED, complain};
 use crate::log::Reason;
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -14,7 +16,7 @@ const CANNOT_RUN: u8 = 126;
 /// There is no such program; likewise.
 const NO_SUCH_PROGRAM: u8 = 127;
 
-const HELP: &str = "\
+pub(super) const HELP: &str = "\
 kms-agent exec - run a program with secrets in its environment
 
 Usage: kms-agent exec --env NAME=SECRET_ID[#KEY] ... [--config FILE] -- CMD [ARG ...]
@@ -39,7 +41,7 @@ Exit codes: CMD's own; before it runs: 1 a secret cannot be had, 2 wrong usage o
 
 /// What to run, and with what.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Options {
+pub(super) struct Options {
     config: Option<PathBuf>,
     variables: Vec<Variable>,
     program: OsString,
@@ -54,7 +56,7 @@ struct Variable {
     key: Option<String>,
 }
 
-pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Options, Stop> {
     use lexopt::Arg::{Long, Short, Value};
     let mut variables: Vec<Variable> = Vec::new();
     let mut program = loop {
@@ -63,26 +65,28 @@ pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) ->
         {
             break rest.collect::<Vec<OsString>>().into_iter();
         }
-        match parser.next().map_err(text)? {
-            Some(Short('h') | Long("help")) => return Ok(Command::Print(HELP.to_owned())),
+        match parser.next()? {
+            Some(Short('h') | Long("help")) => return Err(Stop::Help),
             Some(Short('c') | Long("config")) => set_path(&mut config, "--config", parser)?,
             Some(Long("env")) => {
-                let variable = Variable::parse(parser.value().map_err(text)?)?;
+                let variable = Variable::parse(parser.value()?)?;
                 if variables.iter().any(|known| known.name == variable.name) {
-                    return Err(format!("--env: {} is set twice", variable.name));
+                    return Err(format!("--env: {} is set twice", variable.name).into());
                 }
                 variables.push(variable);
             }
-            Some(Value(program)) => return Err(format!("put -- before {program:?}, the program to run")),
-            Some(other) => return Err(text(other.unexpected())),
-            None => return Err("-- and the program to run are missing".to_owned()),
+            Some(Value(program)) => {
+                return Err(format!("put -- before {program:?}, the program to run").into());
+            }
+            Some(other) => return Err(other.unexpected().into()),
+            None => return Err("-- and the program to run are missing".into()),
         }
     };
-    let Some(name) = program.next() else { return Err("-- and the program to run are missing".to_owned()) };
+    let name = program.next().ok_or("-- and the program to run are missing")?;
     if variables.is_empty() {
-        return Err("there is no --env: without a secret there is nothing to do here".to_owned());
+        return Err("there is no --env: without a secret there is nothing to do here".into());
     }
-    Ok(Command::Exec(Options { config, variables, program: name, arguments: program.collect() }))
+    Ok(Options { config, variables, program: name, arguments: program.collect() })
 }
 
 impl Variable {
@@ -113,9 +117,8 @@ impl Variable {
 }
 
 /// The command. Comes back only if the program was not run; the result is the exit code then.
-#[must_use]
-pub fn main(options: Options) -> u8 {
-    let loaded = match super::load(options.config) {
+pub(super) fn main(options: Options) -> u8 {
+    let loaded = match load(options.config) {
         Ok(loaded) => loaded,
         Err(exit_code) => return exit_code,
     };
@@ -179,8 +182,9 @@ mod tests {
 
     #[test]
     fn what_follows_the_two_dashes_is_the_programs() {
-        let words = ["exec", "--env", "A=a", "-c", "f", "--", "ls", "--env", "--", "-h"];
-        let Ok(Command::Exec(options)) = crate::cli::parse(words.map(OsString::from)) else { panic!() };
+        let words = ["--env", "A=a", "-c", "f", "--", "ls", "--env", "--", "-h"];
+        let mut parser = lexopt::Parser::from_args(words.map(OsString::from));
+        let Ok(options) = parse(&mut parser, None) else { panic!() };
         assert_eq!(options.program, "ls");
         assert_eq!(options.arguments, ["--env", "--", "-h"]);
         assert_eq!(options.config, Some("f".into()));

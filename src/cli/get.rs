@@ -1,12 +1,14 @@
 //! `kms-agent get`: prints a secret.
 
+use super::args::{Stop, set, set_path, set_string};
+use super::configuration::load;
 use super::local::{self, Agent, Question};
-use super::{Command, FAILED, complain, print, set, set_path, set_string, text};
+use super::terminal::{FAILED, complain, print};
 use std::io::{IsTerminal as _, stdout};
 use std::path::PathBuf;
 use zeroize::Zeroizing;
 
-const HELP: &str = "\
+pub(super) const HELP: &str = "\
 kms-agent get - print a secret
 
 Usage: kms-agent get SECRET_ID [OPTIONS]
@@ -33,20 +35,20 @@ Exit codes: 0 printed, 1 no such secret, no agent or no token, 2 wrong usage or 
 
 /// What to print.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Options {
+pub(super) struct Options {
     config: Option<PathBuf>,
     question: Question,
     field: Option<String>,
     json: bool,
 }
 
-pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Options, Stop> {
     use lexopt::Arg::{Long, Short, Value};
     let (mut id, mut field, mut json) = (None, None, false);
     let mut question = Question::default();
-    while let Some(argument) = parser.next().map_err(text)? {
+    while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Short('h') | Long("help") => return Err(Stop::Help),
             Short('c') | Long("config") => set_path(&mut config, "--config", parser)?,
             Long("field") => set_string(&mut field, "--field", parser)?,
             Long("json") => json = true,
@@ -60,20 +62,19 @@ pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) ->
                     value.into_string().map_err(|it| format!("SECRET_ID {it:?}: not UTF-8"))?,
                 )?;
             }
-            other => return Err(text(other.unexpected())),
+            other => return Err(other.unexpected().into()),
         }
     }
     if json && field.is_some() {
-        return Err("--field and --json: only one of them".to_owned());
+        return Err("--field and --json: only one of them".into());
     }
     question.id = id.filter(|id| !id.is_empty()).ok_or("SECRET_ID is missing")?;
-    Ok(Command::Get(Options { config, question, field, json }))
+    Ok(Options { config, question, field, json })
 }
 
 /// The command; the result is the exit code.
-#[must_use]
-pub fn main(options: Options) -> u8 {
-    let loaded = match super::load(options.config.clone()) {
+pub(super) fn main(options: Options) -> u8 {
+    let loaded = match load(options.config.clone()) {
         Ok(loaded) => loaded,
         Err(exit_code) => return exit_code,
     };

@@ -1,28 +1,24 @@
 //! The command line: arguments to a command, a command to an exit code.
 
-pub mod check;
-pub mod exec;
-pub mod get;
+mod args;
+mod check;
+mod configuration;
+mod exec;
+mod get;
 mod listener;
 mod local;
 mod probe;
 pub mod run;
-pub mod status;
+mod status;
 mod systemd;
-pub mod token;
+mod terminal;
+mod token;
 
-use crate::config::{self, Config};
+use args::{Stop, set_path};
 use std::ffi::OsString;
-use std::fmt::Display;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
-
-/// All is well.
-pub const OK: u8 = 0;
-/// The command failed.
-pub const FAILED: u8 = 1;
-/// The arguments or the configuration are wrong.
-pub const USAGE: u8 = 2;
+use terminal::{OK, USAGE, complain};
 
 const HELP: &str = "\
 kms-agent - secrets from Alibaba Cloud KMS for the applications of this host
@@ -48,159 +44,79 @@ An application asks
 ";
 
 /// Reads the arguments behind a command's name; `--config` may have come before it.
-type Parse = fn(&mut lexopt::Parser, Option<PathBuf>) -> Result<Command, String>;
+type Parse = fn(&mut lexopt::Parser, Option<PathBuf>) -> Result<Command, Stop>;
 
-const COMMANDS: [(&str, Parse); 6] = [
-    ("run", run::parse),
-    ("get", get::parse),
-    ("exec", exec::parse),
-    ("status", status::parse),
-    ("check", check::parse),
-    ("token", token::parse),
+/// The commands: name, help, how their arguments are read.
+const COMMANDS: [(&str, &str, Parse); 6] = [
+    ("run", run::HELP, |parser, config| args::config_alone(parser, config).map(Command::Run)),
+    ("get", get::HELP, |parser, config| get::parse(parser, config).map(Command::Get)),
+    ("exec", exec::HELP, |parser, config| exec::parse(parser, config).map(Command::Exec)),
+    ("status", status::HELP, |parser, config| args::config_alone(parser, config).map(Command::Status)),
+    ("check", check::HELP, |parser, config| check::parse(parser, config).map(Command::Check)),
+    ("token", token::HELP, |parser, config| token::parse(parser, config).map(Command::Token)),
 ];
 
 /// What the arguments ask for.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Print this text.
+enum Command {
     Print(String),
-    /// Serve.
-    Run {
-        /// `--config`.
-        config: Option<PathBuf>,
-    },
-    /// Print a secret.
+    /// With `--config`, as `Status`.
+    Run(Option<PathBuf>),
     Get(get::Options),
-    /// Run a program with secrets in its environment.
     Exec(exec::Options),
-    /// Tell whether the agent is running.
-    Status {
-        /// `--config`.
-        config: Option<PathBuf>,
-    },
-    /// Look for what keeps the agent from working.
+    Status(Option<PathBuf>),
     Check(check::Options),
-    /// Make or replace the token file.
     Token(token::Options),
 }
 
 /// Arguments that mean nothing.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Usage {
+struct Usage {
     /// The command whose help has what it should be; empty: the general one.
-    pub command: &'static str,
+    command: &'static str,
     /// What is wrong, in one line.
-    pub message: String,
+    message: String,
 }
 
 /// Reads the arguments, the program's name left out.
-///
-/// # Errors
-/// What is wrong with them.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Usage> {
+fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, Usage> {
     let mut parser = lexopt::Parser::from_args(arguments);
-    let mut command = "";
-    parse_any(&mut parser, &mut command).map_err(|message| Usage { command, message })
+    let (mut command, mut help) = ("", HELP);
+    match parse_any(&mut parser, &mut command, &mut help) {
+        Ok(command) => Ok(command),
+        Err(Stop::Help) => Ok(Command::Print(help.to_owned())),
+        Err(Stop::Wrong(message)) => Err(Usage { command, message }),
+    }
 }
 
-fn parse_any(parser: &mut lexopt::Parser, command: &mut &'static str) -> Result<Command, String> {
+/// `command` and `help`: those of the command, as soon as it is known.
+fn parse_any(
+    parser: &mut lexopt::Parser,
+    command: &mut &'static str,
+    help: &mut &'static str,
+) -> Result<Command, Stop> {
     use lexopt::Arg::{Long, Short, Value};
     let mut config = None;
-    while let Some(argument) = parser.next().map_err(text)? {
+    while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Short('h') | Long("help") => return Err(Stop::Help),
             Short('V') | Long("version") => {
                 return Ok(Command::Print(format!("kms-agent {}\n", env!("CARGO_PKG_VERSION"))));
             }
             Short('c') | Long("config") => set_path(&mut config, "--config", parser)?,
             Value(name) => {
-                let Some((known, parse)) = COMMANDS.iter().find(|(known, _)| name == *known) else {
-                    let known = COMMANDS.map(|(known, _)| known).join(", ");
-                    return Err(format!("unknown command {name:?}; there are {known}"));
+                let Some((known, its_help, parse)) = COMMANDS.iter().find(|(known, ..)| name == *known)
+                else {
+                    let known = COMMANDS.map(|(known, ..)| known).join(", ");
+                    return Err(format!("unknown command {name:?}; there are {known}").into());
                 };
-                *command = known;
+                (*command, *help) = (known, its_help);
                 return parse(parser, config);
             }
-            other => return Err(text(other.unexpected())),
+            other => return Err(other.unexpected().into()),
         }
     }
-    Ok(Command::Run { config })
-}
-
-/// The arguments of a command that takes `--config` alone; `done` makes the command of it.
-fn parse_config_only(
-    parser: &mut lexopt::Parser,
-    mut config: Option<PathBuf>,
-    help: &str,
-    done: impl FnOnce(Option<PathBuf>) -> Command,
-) -> Result<Command, String> {
-    use lexopt::Arg::{Long, Short};
-    while let Some(argument) = parser.next().map_err(text)? {
-        match argument {
-            Short('h') | Long("help") => return Ok(Command::Print(help.to_owned())),
-            Short('c') | Long("config") => set_path(&mut config, "--config", parser)?,
-            other => return Err(text(other.unexpected())),
-        }
-    }
-    Ok(done(config))
-}
-
-fn set_path(slot: &mut Option<PathBuf>, name: &str, parser: &mut lexopt::Parser) -> Result<(), String> {
-    let value = parser.value().map_err(text)?;
-    set(slot, name, PathBuf::from(value))
-}
-
-fn set_string(slot: &mut Option<String>, name: &str, parser: &mut lexopt::Parser) -> Result<(), String> {
-    let value = parser.value().map_err(text)?;
-    set(slot, name, value.into_string().map_err(|value| format!("{name} {value:?}: not UTF-8"))?)
-}
-
-fn set<T>(slot: &mut Option<T>, name: &str, value: T) -> Result<(), String> {
-    if slot.replace(value).is_some() { Err(format!("{name} is given twice")) } else { Ok(()) }
-}
-
-fn text(error: impl Display) -> String {
-    error.to_string()
-}
-
-/// A configuration and where it is from.
-struct Loaded {
-    config: Config,
-    /// `None`: the built-in defaults.
-    file: Option<PathBuf>,
-}
-
-/// The configuration of a command: the named file, else the default one, else the built-in defaults. A
-/// problem is printed; the error is the exit code then.
-fn load(named: Option<PathBuf>) -> Result<Loaded, u8> {
-    load_quietly(named).map_err(|error| {
-        complain(&error);
-        USAGE
-    })
-}
-
-fn load_quietly(named: Option<PathBuf>) -> Result<Loaded, config::LoadError> {
-    let file = named.or_else(run::default_file);
-    let config = file.as_deref().map_or_else(|| Ok(Config::default()), config::load)?;
-    Ok(Loaded { config, file })
-}
-
-/// Tells the person at the terminal what went wrong, or what else they should know.
-fn complain(what: &dyn Display) {
-    // Whoever closed standard error wants to hear nothing.
-    let _ = writeln!(io::stderr(), "kms-agent: {what}");
-}
-
-/// Writes to standard output; a failure is told, since what it was meant for is missing now.
-fn print(bytes: &[u8]) -> u8 {
-    let mut out = io::stdout();
-    match out.write_all(bytes).and_then(|()| out.flush()) {
-        Ok(()) => OK,
-        Err(error) => {
-            complain(&format_args!("cannot write to standard output: {}", crate::log::Reason(&error)));
-            FAILED
-        }
-    }
+    Ok(Command::Run(config))
 }
 
 /// Does what the arguments of this process ask for; the result is its exit code.
@@ -214,10 +130,10 @@ pub fn main() -> u8 {
             let _ = io::stdout().write_all(text.as_bytes());
             OK
         }
-        Ok(Command::Run { config }) => run::main(config),
+        Ok(Command::Run(config)) => run::main(config),
         Ok(Command::Get(options)) => get::main(options),
         Ok(Command::Exec(options)) => exec::main(options),
-        Ok(Command::Status { config }) => status::main(config),
+        Ok(Command::Status(config)) => status::main(config),
         Ok(Command::Check(options)) => check::main(options),
         Ok(Command::Token(options)) => token::main(&options),
         Err(Usage { command, message }) => {
@@ -238,13 +154,13 @@ mod tests {
 
     #[test]
     fn commands() {
-        let run = |config: Option<&str>| Ok(Command::Run { config: config.map(Into::into) });
+        let run = |config: Option<&str>| Ok(Command::Run(config.map(Into::into)));
         assert_eq!(parsed(""), run(None));
         assert_eq!(parsed("run"), run(None));
         assert_eq!(parsed("run --config a.toml"), run(Some("a.toml")));
         assert_eq!(parsed("--config=a.toml"), run(Some("a.toml")));
         assert_eq!(parsed("run -c a.toml"), run(Some("a.toml")));
-        assert_eq!(parsed("-c a.toml status"), Ok(Command::Status { config: Some("a.toml".into()) }));
+        assert_eq!(parsed("-c a.toml status"), Ok(Command::Status(Some("a.toml".into()))));
         let Ok(Command::Print(version)) = parsed("--version") else { panic!() };
         assert!(version.starts_with("kms-agent 0."), "{version}");
     }
@@ -252,7 +168,7 @@ mod tests {
     #[test]
     fn every_command_has_help_that_begins_and_fits_alike() {
         let mut texts = vec![("".to_owned(), HELP.to_owned())];
-        for (command, _) in COMMANDS {
+        for (command, ..) in COMMANDS {
             assert!(HELP.contains(&format!("\n  {command} ")), "{command} is missing in the general help");
             let Ok(Command::Print(help)) = parsed(&format!("{command} --help")) else { panic!("{command}") };
             assert_eq!(parsed(&format!("{command} -h")), Ok(Command::Print(help.clone())));

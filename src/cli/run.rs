@@ -1,9 +1,10 @@
 //! `kms-agent run`: puts the agent together and serves.
 
+use super::configuration::{Loaded, load};
 use super::systemd::{self, Watchdog};
-use super::{Command, Loaded};
+use super::terminal::{self, complain};
 use crate::broker::Broker;
-use crate::config::{self, Config, LogPath};
+use crate::config::{Config, LogPath};
 use crate::conn::tls;
 use crate::harden::{Files, Harden};
 use crate::identity::Identity;
@@ -28,7 +29,7 @@ use std::sync::Arc;
 /// Descriptors beside those of clients: listeners, upstream, pipes, log, resolver.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-const HELP: &str = "\
+pub(super) const HELP: &str = "\
 kms-agent run - serve applications on 127.0.0.1 and [::1]
 
 Usage: kms-agent run [--config FILE]
@@ -48,10 +49,6 @@ Signals:
 
 Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage or configuration
 ";
-
-pub(super) fn parse(parser: &mut lexopt::Parser, config: Option<PathBuf>) -> Result<Command, String> {
-    super::parse_config_only(parser, config, HELP, |config| Command::Run { config })
-}
 
 /// Why the agent did not start; told to the person who started it.
 #[derive(Debug)]
@@ -75,7 +72,7 @@ impl std::error::Error for StartError {}
 /// The command; the result is the exit code.
 #[must_use]
 pub fn main(file: Option<PathBuf>) -> u8 {
-    let Loaded { config, file } = match super::load(file) {
+    let Loaded { config, file } = match load(file) {
         Ok(loaded) => loaded,
         Err(exit_code) => return exit_code,
     };
@@ -89,26 +86,20 @@ pub fn main(file: Option<PathBuf>) -> u8 {
             // Whoever started it by hand should not have to guess.
             let log =
                 std::path::absolute(folder).unwrap_or_else(|_| folder.clone()).join(crate::log::FILE_NAME);
-            super::complain(&format_args!("serving on port {}, log in {}", agent.port(), log.display()));
+            complain(&format_args!("serving on port {}, log in {}", agent.port(), log.display()));
         }
         agent.serve()
     };
     match Agent::prepare(&config, &env, Some(Harden::begin())).and_then(serve) {
-        Ok(()) => super::OK,
+        Ok(()) => terminal::OK,
         Err(error) => {
-            super::complain(&error);
+            complain(&error);
             match error {
-                StartError::Configuration(_) => super::USAGE,
-                StartError::Failed(_) => super::FAILED,
+                StartError::Configuration(_) => terminal::USAGE,
+                StartError::Failed(_) => terminal::FAILED,
             }
         }
     }
-}
-
-/// `config.toml` beside the folder of the binary, if it is there.
-pub(super) fn default_file() -> Option<PathBuf> {
-    let exe = std::env::current_exe().ok()?;
-    config::default_path(&exe).filter(|file| file.exists())
 }
 
 /// An agent that listens and is not serving yet.

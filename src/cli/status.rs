@@ -1,7 +1,8 @@
 //! `kms-agent status`: whether the agent is running.
 
+use super::configuration::{Loaded, load};
 use super::local::{self, Agent, LocalError};
-use super::{Command, Loaded, print};
+use super::terminal::{self, print};
 use crate::http::response::Response;
 use crate::kms::reply::printable;
 use serde_json::Value;
@@ -25,7 +26,7 @@ const UNITS: [&str; 4] = [
 /// A text in the reply is cut to this many bytes.
 const TEXT_BYTES_MAX: usize = 512;
 
-const HELP: &str = "\
+pub(super) const HELP: &str = "\
 kms-agent status - tell whether the agent is running
 
 Usage: kms-agent status [--config FILE]
@@ -44,20 +45,15 @@ Options:
 Exit codes: 0 Running, 3 Not running, 4 Unknown, 5 Not installed, 2 wrong usage or configuration
 ";
 
-pub(super) fn parse(parser: &mut lexopt::Parser, config: Option<PathBuf>) -> Result<Command, String> {
-    super::parse_config_only(parser, config, HELP, |config| Command::Status { config })
-}
-
 /// The command; the result is the exit code.
-#[must_use]
-pub fn main(config: Option<PathBuf>) -> u8 {
-    let loaded = match super::load(config) {
+pub(super) fn main(config: Option<PathBuf>) -> u8 {
+    let loaded = match load(config) {
         Ok(loaded) => loaded,
         Err(exit_code) => return exit_code,
     };
     let (exit_code, text) = find(&loaded);
     match print(text.as_bytes()) {
-        super::OK => exit_code,
+        terminal::OK => exit_code,
         failed => failed,
     }
 }
@@ -81,14 +77,14 @@ fn find(loaded: &Loaded) -> (u8, String) {
     };
     match agent.status() {
         Ok(reply) if reply.status == 200 => match serde_json::from_slice(&reply.body) {
-            Ok(status) => (super::OK, describe(&status)),
+            Ok(status) => (terminal::OK, describe(&status)),
             Err(_) => unknown("what answers on the port is not kms-agent"),
         },
         Ok(reply) if local::is_busy(&reply) => {
-            (super::OK, "Running\n  connections  all busy; see [Server] MaxConn\n".to_owned())
+            (terminal::OK, "Running\n  connections  all busy; see [Server] MaxConn\n".to_owned())
         }
         // An agent from before there was a /status: it took the token, so it is one.
-        Ok(reply) if reply.status == 404 => (super::OK, "Running\n".to_owned()),
+        Ok(reply) if reply.status == 404 => (terminal::OK, "Running\n".to_owned()),
         Ok(reply) => unknown(&agent.refusal(&reply)),
         Err(error) => unknown(&error.to_string()),
     }

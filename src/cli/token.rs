@@ -1,6 +1,8 @@
 //! `kms-agent token`: makes or replaces the token file.
 
-use super::{Command, FAILED, USAGE, complain, print, set_path, set_string, text};
+use super::args::{Stop, set_path, set_string, text};
+use super::configuration::load;
+use super::terminal::{FAILED, USAGE, complain, print};
 use crate::log::Reason;
 use crate::random::Random;
 use crate::token::{self, Created, Source};
@@ -9,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 const GROUPS: &str = "/etc/group";
 
-const HELP: &str = "\
+pub(super) const HELP: &str = "\
 kms-agent token - make or replace the token file
 
 Usage: kms-agent token create [--file F] [--group G] [--config FILE]
@@ -32,37 +34,36 @@ Exit codes: 0 there is a token, 1 failed, 2 wrong usage or configuration
 
 /// What to do, and with which file.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Options {
+pub(super) struct Options {
     config: Option<PathBuf>,
     rotate: bool,
     file: Option<PathBuf>,
     group: Option<String>,
 }
 
-pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Command, String> {
+pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Options, Stop> {
     use lexopt::Arg::{Long, Short, Value};
     let (mut rotate, mut file, mut group) = (None, None, None);
-    while let Some(argument) = parser.next().map_err(text)? {
+    while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Short('h') | Long("help") => return Err(Stop::Help),
             Short('c') | Long("config") => set_path(&mut config, "--config", parser)?,
             Long("file") => set_path(&mut file, "--file", parser)?,
             Long("group") => set_string(&mut group, "--group", parser)?,
             Value(action) if rotate.is_none() => match action.to_str() {
                 Some("create") => rotate = Some(false),
                 Some("rotate") => rotate = Some(true),
-                _ => return Err(format!("{action:?}: must be create or rotate")),
+                _ => return Err(format!("{action:?}: must be create or rotate").into()),
             },
-            other => return Err(text(other.unexpected())),
+            other => return Err(other.unexpected().into()),
         }
     }
     let rotate = rotate.ok_or("say what to do: create or rotate")?;
-    Ok(Command::Token(Options { config, rotate, file, group }))
+    Ok(Options { config, rotate, file, group })
 }
 
 /// The command; the result is the exit code.
-#[must_use]
-pub fn main(options: &Options) -> u8 {
+pub(super) fn main(options: &Options) -> u8 {
     let path = match &options.file {
         Some(path) => path.clone(),
         None => match default_file(options.config.clone()) {
@@ -84,7 +85,7 @@ pub fn main(options: &Options) -> u8 {
 }
 
 fn default_file(config: Option<PathBuf>) -> Result<PathBuf, u8> {
-    let loaded = super::load(config)?;
+    let loaded = load(config)?;
     let source = Source::find(&loaded.config.server.ssrf_env_variables, &|name| std::env::var_os(name));
     match source {
         Ok(Source::File { path, .. }) => Ok(path),
