@@ -10,7 +10,7 @@ use kms_agent::call::{CallError, CallErrorKind, Service};
 use kms_agent::config::{AapArn, HostPort, KmsSection};
 use kms_agent::http::request::{Parsed, header_room, parse};
 use kms_agent::http::response::Response;
-use kms_agent::identity::{Identity, Standing};
+use kms_agent::identity::{Identity, CredentialState};
 use kms_agent::kms::sign::Credentials;
 use kms_agent::random::Random;
 use kms_agent::time::{Mono, Now};
@@ -36,10 +36,10 @@ fuzz_target!(|bytes: &[u8]| {
         questions += 1;
         assert!(questions <= QUESTIONS_MAX, "a conversation without end");
         identity.on_answer(answer(*kind, body).as_ref(), Now { mono, unix_s: UNIX_S });
-        match identity.standing(mono) {
-            Standing::Pending => continue,
-            Standing::Ready(credentials) => check(credentials),
-            Standing::Failed { error, .. } => assert!(is_printable(&error.to_string()), "{error}"),
+        match identity.credentials(mono) {
+            CredentialState::Pending => continue,
+            CredentialState::Ready(credentials) => check(credentials),
+            CredentialState::Failed { error, .. } => assert!(is_printable(&error.to_string()), "{error}"),
         }
         questions = 0;
     }

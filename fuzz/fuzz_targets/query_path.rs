@@ -2,7 +2,7 @@
 //! stand in a target is percent-encoded first, so that no input is wasted on the request parser.
 #![no_main]
 
-use kms_agent::broker::gate::{self, Denial, ID_BYTES_MAX, Question, Route};
+use kms_agent::broker::gate::{self, Denial, ID_BYTES_MAX, SecretQuery, Route};
 use kms_agent::code::Code;
 use kms_agent::config::ResponseType;
 use kms_agent::http::percent;
@@ -25,8 +25,8 @@ enum Answer {
     Denied(Denial),
 }
 
-impl From<Question<'_>> for Answer {
-    fn from(question: Question<'_>) -> Answer {
+impl From<SecretQuery<'_>> for Answer {
+    fn from(question: SecretQuery<'_>) -> Answer {
         Answer::Secret {
             id: question.id.into_owned(),
             version_id: question.version_id.map(Into::into),

@@ -2,7 +2,7 @@
 
 use crate::call::{CALL_LIFE, Call, CallId};
 use crate::config::HostPort;
-use crate::identity::{Identity, Question};
+use crate::identity::{Identity, Peer};
 use crate::time::{Mono, Now};
 use std::rc::Rc;
 
@@ -28,7 +28,7 @@ impl Access {
         if self.call.is_some() {
             return None;
         }
-        let Question { service, origin } = self.identity.poll(now)?;
+        let Peer { service, origin } = self.identity.poll(now)?;
         let id = id();
         self.call = Some(id);
         Some(Call { id, service, origin, deadline: now.after(CALL_LIFE) })

@@ -195,7 +195,15 @@ impl Writer {
     }
 
     /// A secret. HEAD gets the same without the body (RFC 9110 9.3.2).
-    pub fn secret(&self, out: &mut Vec<u8>, kept: &[u8], span: Span, now: Mono, x_cache: XCache, to: Manner) {
+    pub fn secret(
+        &self,
+        out: &mut Vec<u8>,
+        kept: &[u8],
+        span: Span,
+        now: Mono,
+        x_cache: XCache,
+        to: ReplyStyle,
+    ) {
         let rendered;
         let body = match self.response_type {
             ResponseType::Kms | ResponseType::Aws => kept,
@@ -211,7 +219,7 @@ impl Writer {
     }
 
     /// A failure, in the words that the client's kind expects.
-    pub fn failure(&mut self, out: &mut Vec<u8>, failure: &Failure, to: Manner) {
+    pub fn failure(&mut self, out: &mut Vec<u8>, failure: &Failure, to: ReplyStyle) {
         let (code, message, at_gate) = (failure.code(), &failure.message, failure.is_at_gate());
         let (content_type, body) = match self.response_type {
             ResponseType::Kms => {
@@ -243,21 +251,21 @@ impl Writer {
     }
 
     /// `/ping`.
-    pub fn healthy(&self, out: &mut Vec<u8>, to: Manner) {
+    pub fn healthy(&self, out: &mut Vec<u8>, to: ReplyStyle) {
         self.document(out, "text/plain", b"healthy", to);
     }
 
     /// `/metrics`.
-    pub fn metrics(&self, out: &mut Vec<u8>, text: &str, to: Manner) {
+    pub fn metrics(&self, out: &mut Vec<u8>, text: &str, to: ReplyStyle) {
         self.document(out, metrics::CONTENT_TYPE, text.as_bytes(), to);
     }
 
     /// `/status`.
-    pub fn status(&self, out: &mut Vec<u8>, json: &str, to: Manner) {
+    pub fn status(&self, out: &mut Vec<u8>, json: &str, to: ReplyStyle) {
         self.document(out, JSON, json.as_bytes(), to);
     }
 
-    fn document(&self, out: &mut Vec<u8>, content_type: &str, body: &[u8], to: Manner) {
+    fn document(&self, out: &mut Vec<u8>, content_type: &str, body: &[u8], to: ReplyStyle) {
         write::begin(out, &self.date, 200, content_type, body.len());
         to.end(out, body);
     }
@@ -275,7 +283,7 @@ fn vault_status(failure: &Failure) -> u16 {
 
 /// How a client wants its reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Manner {
+pub struct ReplyStyle {
     /// HEAD: no body.
     pub head_only: bool,
     /// Which KV it speaks, where that matters.
@@ -284,7 +292,7 @@ pub struct Manner {
     pub persistence: Persistence,
 }
 
-impl Manner {
+impl ReplyStyle {
     fn end(self, out: &mut Vec<u8>, body: &[u8]) {
         write::end(out, self.persistence);
         if !self.head_only {
@@ -306,7 +314,7 @@ fn uuid(bits: u128) -> String {
 mod tests {
     use super::*;
 
-    const KEEP: Manner = Manner { head_only: false, kv: Kv::V1, persistence: Persistence::KeepAlive };
+    const KEEP: ReplyStyle = ReplyStyle { head_only: false, kv: Kv::V1, persistence: Persistence::KeepAlive };
 
     const SPAN: Span = Span { fetched: Mono::from_micros(0), expires: Mono::from_micros(10_000_000) };
     const NOW: Mono = Mono::from_micros(2_999_000);
@@ -331,7 +339,7 @@ mod tests {
              Date: Sun, 06 Nov 1994 08:49:37 GMT\r\nCache-Control: no-store\r\nX-Cache: HIT\r\nAge: 2\r\n\r\n{\"a\": 1}"
         );
         let head = text(|w, out| {
-            let to = Manner { head_only: true, ..KEEP };
+            let to = ReplyStyle { head_only: true, ..KEEP };
             w.secret(out, b"{\"a\": 1}", SPAN, NOW, XCache::Hit, to);
         });
         assert_eq!(Some(head.as_str()), full.strip_suffix("{\"a\": 1}"));

@@ -8,7 +8,7 @@ use crate::cache::{Cache, Key, KeyRef, Lookup, REFUSAL_LIFE, UNWELCOME_LIFE, Val
 use crate::call::{CALL_LIFE, Call, CallError, CallId, Service};
 use crate::code::Code;
 use crate::http::response::Response;
-use crate::identity::{Identity, Standing};
+use crate::identity::{CredentialState, Identity};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::sign::Credentials;
 use crate::kms::{request as kms_request, retry};
@@ -88,19 +88,19 @@ impl Broker {
                 self.health.on_credentials(outcome, &self.access.identity, now);
             }
             let Some(id) = self.next_turn(now) else { return };
-            match self.access.identity.standing(now) {
-                Standing::Ready(credentials) => {
+            match self.access.identity.credentials(now) {
+                CredentialState::Ready(credentials) => {
                     let credentials = Rc::clone(credentials);
                     self.start(id, credentials, now);
                 }
-                Standing::Pending => {
+                CredentialState::Pending => {
                     self.flights.move_to_front(id);
                     if self.access.call.is_some() {
                         return;
                     }
                     // The need for them has just set a fetch going: once more around to ask.
                 }
-                Standing::Failed { error, retry_at } => {
+                CredentialState::Failed { error, retry_at } => {
                     self.health.credentials.fails(error, now);
                     let failure = Failure::no_credentials(error, retry_at.since(now));
                     self.on_try_failed(id, TryFailure::lasting(failure), now);

@@ -28,7 +28,7 @@
 //!
 //! A queued flight that failed before and that nobody waits for any more lands as a pausing one does.
 
-use super::answer::{Failure, Manner};
+use super::answer::{Failure, ReplyStyle};
 use crate::cache::{Key, KeyRef};
 use crate::call::CallId;
 use crate::code::Code;
@@ -60,7 +60,7 @@ pub(super) struct FlightId(u64);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader {
     pub(super) client: ClientId,
-    pub(super) manner: Manner,
+    pub(super) manner: ReplyStyle,
     /// It asked with `refreshNow`: only KMS's own reply will do.
     pub(super) refresh_now: bool,
 }

@@ -27,12 +27,12 @@ pub enum Route<'a> {
     /// `/status`.
     Status,
     /// A secret.
-    Secret(Question<'a>),
+    Secret(SecretQuery<'a>),
 }
 
 /// What a reader wants to know.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Question<'a> {
+pub struct SecretQuery<'a> {
     /// The secret's name or ARN, decoded.
     pub id: Cow<'a, str>,
     /// `versionId`.
@@ -130,7 +130,7 @@ pub fn pass<'b>(
         "/metrics" => return Ok(Route::Metrics),
         "/status" => return Ok(Route::Status),
         "/secretsmanager/get" => {
-            return question(None, Kv::V1, server.response_type, request.query).map(Route::Secret);
+            return secret_query(None, Kv::V1, server.response_type, request.query).map(Route::Secret);
         }
         _ => {}
     }
@@ -139,7 +139,7 @@ pub fn pass<'b>(
         Some(id) if server.response_type == ResponseType::Vault => (id, Kv::V2),
         _ => (id, Kv::V1),
     };
-    question(Some(id), kv, server.response_type, request.query).map(Route::Secret)
+    secret_query(Some(id), kv, server.response_type, request.query).map(Route::Secret)
 }
 
 fn is_our_host(host: &str, allowed: &[String]) -> bool {
@@ -148,12 +148,12 @@ fn is_our_host(host: &str, allowed: &[String]) -> bool {
         || allowed.iter().any(|name| name.eq_ignore_ascii_case(bare))
 }
 
-fn question<'b>(
+fn secret_query<'b>(
     path_id: Option<&'b str>,
     kv: Kv,
     response_type: ResponseType,
     query: Option<&'b str>,
-) -> Result<Question<'b>, Denial> {
+) -> Result<SecretQuery<'b>, Denial> {
     let (mut id, mut version_id, mut version_stage, mut refresh_now) = (None, None, None, None);
     let mut rest = query.unwrap_or_default();
     while !rest.is_empty() {
@@ -211,7 +211,7 @@ fn question<'b>(
         ResponseType::Aws => Cow::Owned(format::stage_from_aws(&stage).to_owned()),
         ResponseType::Kms | ResponseType::Vault => stage,
     });
-    Ok(Question { id, version_id, version_stage, refresh_now, kv })
+    Ok(SecretQuery { id, version_id, version_stage, refresh_now, kv })
 }
 
 /// Foreign text, fit to be shown in a message: printable, and not long.

@@ -30,10 +30,10 @@ use crate::random::Random;
 use crate::secret::Secret;
 use crate::time::{Mono, Now};
 use access::Access;
-use answer::{Content, Manner, Writer, XCache};
+use answer::{Content, ReplyStyle, Writer, XCache};
 use circuit::Circuit;
 use flights::{Flights, Reader};
-use gate::{Denial, Question, Route};
+use gate::{Denial, Route, SecretQuery};
 use health::Health;
 use refreshes::Refreshes;
 use status::Status;
@@ -56,7 +56,7 @@ pub enum Output {
 pub struct Answer {
     /// The client that waited.
     pub client: ClientId,
-    manner: Manner,
+    manner: ReplyStyle,
     content: Content,
 }
 
@@ -168,7 +168,7 @@ impl Broker {
             (true, false) => Persistence::KeepAlive,
             (true, true) => Persistence::KeepAliveSaid,
         };
-        let mut manner = Manner { head_only: request.method == "HEAD", kv: Kv::V1, persistence };
+        let mut manner = ReplyStyle { head_only: request.method == "HEAD", kv: Kv::V1, persistence };
         match gate::pass(request, &self.server, &self.token, busy) {
             Ok(Route::Ping) => {
                 self.writer.healthy(out, manner);
@@ -194,7 +194,7 @@ impl Broker {
     /// Answers what is no request. `head_only`: it would have been a HEAD.
     pub fn reject(&mut self, reject: Reject, head_only: bool, now: Now, out: &mut Vec<u8>) -> Done {
         self.writer.set_time(now.unix_s);
-        let manner = Manner { head_only, kv: Kv::V1, persistence: Persistence::Close };
+        let manner = ReplyStyle { head_only, kv: Kv::V1, persistence: Persistence::Close };
         self.deny(reject.into(), manner, now.mono, out)
     }
 
@@ -226,7 +226,7 @@ impl Broker {
         status.to_json(now)
     }
 
-    fn deny(&mut self, denial: Denial, manner: Manner, now: Mono, out: &mut Vec<u8>) -> Done {
+    fn deny(&mut self, denial: Denial, manner: ReplyStyle, now: Mono, out: &mut Vec<u8>) -> Done {
         let code = Some(denial.code);
         let done = self.write(&Content::Failure(Rc::new(denial.into())), manner, now, out);
         Done { code, ..done }
@@ -236,10 +236,10 @@ impl Broker {
     pub fn write_answer(&mut self, answer: &Answer, last: bool, now: Now, out: &mut Vec<u8>) -> Done {
         self.writer.set_time(now.unix_s);
         let persistence = if last || self.draining { Persistence::Close } else { answer.manner.persistence };
-        self.write(&answer.content, Manner { persistence, ..answer.manner }, now.mono, out)
+        self.write(&answer.content, ReplyStyle { persistence, ..answer.manner }, now.mono, out)
     }
 
-    fn write(&mut self, content: &Content, manner: Manner, now: Mono, out: &mut Vec<u8>) -> Done {
+    fn write(&mut self, content: &Content, manner: ReplyStyle, now: Mono, out: &mut Vec<u8>) -> Done {
         let (status, x_cache) = match content {
             Content::Secret(body, span, x_cache) => {
                 self.metrics.count_request((*x_cache).into());
@@ -258,8 +258,8 @@ impl Broker {
     fn ask_secret(
         &mut self,
         client: ClientId,
-        question: &Question<'_>,
-        manner: Manner,
+        question: &SecretQuery<'_>,
+        manner: ReplyStyle,
         now: Mono,
         out: &mut Vec<u8>,
     ) -> Disposition {

@@ -5,7 +5,7 @@ mod upstream;
 
 use super::args::{Stop, set_path, set_string};
 use super::configuration::load_quietly;
-use super::local::{self, Agent, LocalError};
+use super::local::{self, AgentClient, LocalError};
 use super::terminal::{FAILED, OK, USAGE};
 use super::{listener, status};
 use crate::config::Config;
@@ -132,7 +132,7 @@ fn port(config: &Config, report: &mut Report) -> Running {
         taken(port, report);
         return Running::No;
     }
-    let asked = Agent::of(config).map(|agent| agent.status());
+    let asked = AgentClient::of(config).map(|agent| agent.status());
     let holder = listener::of(port);
     let is_kms_agent =
         !matches!(&holder, listener::Holder::Process { name, .. } if !name.starts_with("kms-agent"));

@@ -2,7 +2,7 @@
 
 use super::args::{Stop, set_path};
 use super::configuration::load;
-use super::local::{self, Agent, Question};
+use super::local::{self, AgentClient, SecretRequest};
 use super::terminal::{FAILED, complain};
 use crate::log::Reason;
 use std::ffi::{OsStr, OsString};
@@ -122,7 +122,7 @@ pub(super) fn main(options: Options) -> u8 {
         Ok(loaded) => loaded,
         Err(exit_code) => return exit_code,
     };
-    let found = Agent::of(&loaded.config).and_then(|agent| values(&agent, &options.variables));
+    let found = AgentClient::of(&loaded.config).and_then(|agent| values(&agent, &options.variables));
     let values = match found {
         Ok(values) => values,
         Err(message) => {
@@ -142,14 +142,14 @@ pub(super) fn main(options: Options) -> u8 {
 }
 
 /// The variables' values, in their order; a secret of which several fields are wanted is asked for once.
-fn values(agent: &Agent<'_>, variables: &[Variable]) -> Result<Vec<Zeroizing<String>>, String> {
+fn values(agent: &AgentClient<'_>, variables: &[Variable]) -> Result<Vec<Zeroizing<String>>, String> {
     let mut known: Vec<(&str, Zeroizing<String>)> = Vec::new();
     let mut values = Vec::new();
     for variable in variables {
         let failed = |what: &str| format!("{}={}: {what}", variable.name, variable.id);
         if !known.iter().any(|(id, _)| *id == variable.id) {
-            let question = Question { id: variable.id.clone(), ..Question::default() };
-            let body = agent.ask(&question).map_err(|what| failed(&what))?;
+            let request = SecretRequest { id: variable.id.clone(), ..SecretRequest::default() };
+            let body = agent.ask(&request).map_err(|what| failed(&what))?;
             let data = agent.secret_data(&body).ok_or_else(|| failed(local::UNUSABLE))?;
             known.push((&variable.id, data));
         }

@@ -2,7 +2,7 @@
 
 use super::args::{Stop, set, set_path, set_string};
 use super::configuration::load;
-use super::local::{self, Agent, Question};
+use super::local::{self, AgentClient, SecretRequest};
 use super::terminal::{FAILED, complain, print};
 use std::io::{IsTerminal as _, stdout};
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ Exit codes: 0 printed, 1 no such secret, no agent or no token, 2 wrong usage or 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Options {
     config: Option<PathBuf>,
-    question: Question,
+    request: SecretRequest,
     field: Option<String>,
     json: bool,
 }
@@ -45,16 +45,16 @@ pub(super) struct Options {
 pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) -> Result<Options, Stop> {
     use lexopt::Arg::{Long, Short, Value};
     let (mut id, mut field, mut json) = (None, None, false);
-    let mut question = Question::default();
+    let mut request = SecretRequest::default();
     while let Some(argument) = parser.next()? {
         match argument {
             Short('h') | Long("help") => return Err(Stop::Help),
             Short('c') | Long("config") => set_path(&mut config, "--config", parser)?,
             Long("field") => set_string(&mut field, "--field", parser)?,
             Long("json") => json = true,
-            Long("version-id") => set_string(&mut question.version_id, "--version-id", parser)?,
-            Long("version-stage") => set_string(&mut question.version_stage, "--version-stage", parser)?,
-            Long("refresh") => question.refresh = true,
+            Long("version-id") => set_string(&mut request.version_id, "--version-id", parser)?,
+            Long("version-stage") => set_string(&mut request.version_stage, "--version-stage", parser)?,
+            Long("refresh") => request.refresh = true,
             Value(value) if id.is_none() => {
                 set(
                     &mut id,
@@ -68,8 +68,8 @@ pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) ->
     if json && field.is_some() {
         return Err("--field and --json: only one of them".into());
     }
-    question.id = id.filter(|id| !id.is_empty()).ok_or("SECRET_ID is missing")?;
-    Ok(Options { config, question, field, json })
+    request.id = id.filter(|id| !id.is_empty()).ok_or("SECRET_ID is missing")?;
+    Ok(Options { config, request, field, json })
 }
 
 /// The command; the result is the exit code.
@@ -78,8 +78,8 @@ pub(super) fn main(options: Options) -> u8 {
         Ok(loaded) => loaded,
         Err(exit_code) => return exit_code,
     };
-    let wanted = Agent::of(&loaded.config).and_then(|agent| {
-        find(&agent, &options).map_err(|message| format!("{}: {message}", options.question.id))
+    let wanted = AgentClient::of(&loaded.config).and_then(|agent| {
+        find(&agent, &options).map_err(|message| format!("{}: {message}", options.request.id))
     });
     match wanted {
         Ok(mut value) => {
@@ -95,8 +95,8 @@ pub(super) fn main(options: Options) -> u8 {
     }
 }
 
-fn find(agent: &Agent<'_>, options: &Options) -> Result<Zeroizing<Vec<u8>>, String> {
-    let body = agent.ask(&options.question)?;
+fn find(agent: &AgentClient<'_>, options: &Options) -> Result<Zeroizing<Vec<u8>>, String> {
+    let body = agent.ask(&options.request)?;
     if options.json {
         return Ok(body);
     }

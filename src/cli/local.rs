@@ -1,4 +1,4 @@
-//! A question to the agent on this host: what `get`, `exec`, `status` and `check` have in common.
+//! A request to the agent on this host: what `get`, `exec`, `status` and `check` have in common.
 
 use crate::config::{Config, ResponseType};
 use crate::http::percent;
@@ -168,7 +168,7 @@ fn read(stream: &mut TcpStream, clock: &Clock, deadline: Mono) -> Result<Respons
 }
 
 /// The agent as a command meets it: its port, its token, its way of answering.
-pub(super) struct Agent<'a> {
+pub(super) struct AgentClient<'a> {
     config: &'a Config,
     source: Source,
     token: Secret,
@@ -176,27 +176,27 @@ pub(super) struct Agent<'a> {
 
 /// Which secret is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Question {
+pub(super) struct SecretRequest {
     pub(super) id: String,
     pub(super) version_id: Option<String>,
     pub(super) version_stage: Option<String>,
     pub(super) refresh: bool,
 }
 
-impl<'a> Agent<'a> {
+impl<'a> AgentClient<'a> {
     /// The agent of this configuration, with the token that the daemon's own rule finds in this process's
     /// environment.
     ///
     /// # Errors
     /// Why there is no token, and what to do, for a message.
-    pub(super) fn of(config: &'a Config) -> Result<Agent<'a>, String> {
+    pub(super) fn of(config: &'a Config) -> Result<AgentClient<'a>, String> {
         let source = Source::find(&config.server.ssrf_env_variables, &|name| std::env::var_os(name))
             .map_err(|error| error.to_string())?;
         let token = source.read().map_err(|error| format!("{error}; 'kms-agent check' tells more"))?;
         if token.is_empty() {
             return Err(format!("{source}: the token is empty; 'kms-agent check' tells more"));
         }
-        Ok(Agent { config, source, token })
+        Ok(AgentClient { config, source, token })
     }
 
     /// GET /status.
@@ -216,17 +216,15 @@ impl<'a> Agent<'a> {
     ///
     /// # Errors
     /// Why there is none, in one line.
-    pub(super) fn ask(&self, question: &Question) -> Result<Zeroizing<Vec<u8>>, String> {
-        let reply = self.get(&target(question), SECRET_MAX).map_err(|error| error.to_string())?;
+    pub(super) fn ask(&self, request: &SecretRequest) -> Result<Zeroizing<Vec<u8>>, String> {
+        let reply = self.get(&target(request), SECRET_MAX).map_err(|error| error.to_string())?;
         match reply.status {
             200 => Ok(reply.body),
             // These have nothing to do with the secret.
             _ if is_token_refusal(&reply) || is_busy(&reply) => Err(self.refusal(&reply)),
-            _ => Err(format!(
-                "{}; 'kms-agent check --secret {}' tells more",
-                self.refusal(&reply),
-                question.id
-            )),
+            _ => {
+                Err(format!("{}; 'kms-agent check --secret {}' tells more", self.refusal(&reply), request.id))
+            }
         }
     }
 
@@ -245,16 +243,16 @@ impl<'a> Agent<'a> {
     }
 }
 
-fn target(question: &Question) -> String {
+fn target(request: &SecretRequest) -> String {
     let mut target = String::from("/secretsmanager/get?secretId=");
-    percent::encode(&question.id, &mut target);
-    for (name, value) in [("versionId", &question.version_id), ("versionStage", &question.version_stage)] {
+    percent::encode(&request.id, &mut target);
+    for (name, value) in [("versionId", &request.version_id), ("versionStage", &request.version_stage)] {
         if let Some(value) = value {
             target.push_str(&format!("&{name}="));
             percent::encode(value, &mut target);
         }
     }
-    if question.refresh {
+    if request.refresh {
         target.push_str("&refreshNow=true");
     }
     target
@@ -377,13 +375,13 @@ mod tests {
 
     #[test]
     fn targets_are_encoded() {
-        let question = Question { id: "a/b&c d".into(), ..Question::default() };
-        assert_eq!(target(&question), "/secretsmanager/get?secretId=a%2Fb%26c%20d");
-        let all = Question {
+        let request = SecretRequest { id: "a/b&c d".into(), ..SecretRequest::default() };
+        assert_eq!(target(&request), "/secretsmanager/get?secretId=a%2Fb%26c%20d");
+        let all = SecretRequest {
             version_id: Some("v".into()),
             version_stage: Some("S+".into()),
             refresh: true,
-            ..question
+            ..request
         };
         assert!(target(&all).ends_with("&versionId=v&versionStage=S%2B&refreshNow=true"));
     }

@@ -19,7 +19,7 @@ use zeroize::Zeroize as _;
 
 /// How far a call came.
 #[derive(Debug)]
-pub(super) struct Outcome {
+pub(super) struct ProbeResult {
     /// What the name stands for; empty where it could not be looked up.
     pub(super) addresses: Vec<SocketAddr>,
     /// The address that accepted.
@@ -51,8 +51,8 @@ impl Prober {
         service: Service,
         origin: &HostPort,
         request: &mut dyn FnMut(&mut Vec<u8>) -> Result<(), CallError>,
-    ) -> Outcome {
-        let mut outcome = Outcome {
+    ) -> ProbeResult {
+        let mut outcome = ProbeResult {
             addresses: Vec::new(),
             connected: None,
             secured: false,

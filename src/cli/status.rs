@@ -1,7 +1,7 @@
 //! `kms-agent status`: whether the agent is running.
 
 use super::configuration::{Loaded, load};
-use super::local::{self, Agent, LocalError};
+use super::local::{self, AgentClient, LocalError};
 use super::terminal::{self, print};
 use crate::http::response::Response;
 use crate::kms::reply::printable;
@@ -71,7 +71,7 @@ fn find(loaded: &Loaded) -> (u8, String) {
     if !is_healthy(&ping) {
         return unknown("something else than kms-agent answers on the port; 'kms-agent check' tells what");
     }
-    let agent = match Agent::of(&loaded.config) {
+    let agent = match AgentClient::of(&loaded.config) {
         Ok(agent) => agent,
         Err(why) => return unknown(&format!("an agent answers, and cannot be asked: {why}")),
     };

@@ -113,6 +113,7 @@ impl Body {
                     self.append(input)?;
                     return Ok(&[]);
                 }
+                State::Data { .. } if input.is_empty() => return Ok(input),
                 State::Data { left, then } => {
                     let (data, rest) = input.split_at(left.min(input.len()));
                     self.append(data)?;
@@ -120,10 +121,7 @@ impl Body {
                     self.state = match (left - data.len(), then) {
                         (0, AfterData::Done) => State::Done,
                         (0, AfterData::ChunkEnd) => State::Chunk(ChunkState::DataCr),
-                        (left, then) => {
-                            self.state = State::Data { left, then };
-                            return Ok(input);
-                        }
+                        (left, then) => State::Data { left, then },
                     };
                 }
                 State::Chunk(at) => {

@@ -189,17 +189,17 @@ fn sound<'h, 'b>(raw: httparse::Request<'h, 'b>) -> Result<Request<'h, 'b>, Reje
     let headers: &'h [httparse::Header<'b>] = raw.headers;
     let http10 = minor == 0;
     let target = split_target(method, target)?;
-    let framing = Framing::of(headers, http10)?;
-    if framing.has_body && matches!(method, "GET" | "HEAD") {
+    let control = ControlData::of(headers, http10)?;
+    if control.has_body && matches!(method, "GET" | "HEAD") {
         return Err(Reject::Malformed("a body on GET"));
     }
-    let host = match (framing.host, target.authority) {
+    let host = match (control.host, target.authority) {
         (None, _) if !http10 => return Err(Reject::Malformed("missing Host")),
         (_, Some(authority)) => Some(authority),
         (host, None) => host,
     };
-    let has_body = framing.has_body;
-    let keep_alive = !has_body && !framing.close && (!http10 || framing.asks_keep_alive);
+    let has_body = control.has_body;
+    let keep_alive = !has_body && !control.close && (!http10 || control.asks_keep_alive);
     Ok(Request {
         method,
         path: target.path,
@@ -321,31 +321,31 @@ fn host_of(authority: &str) -> Option<&str> {
 
 /// What the header lines say of the message's frame and the connection.
 #[derive(Default)]
-struct Framing<'b> {
+struct ControlData<'b> {
     host: Option<&'b str>,
     has_body: bool,
     close: bool,
     asks_keep_alive: bool,
 }
 
-impl<'b> Framing<'b> {
-    fn of(headers: &[httparse::Header<'b>], http10: bool) -> Result<Framing<'b>, Reject> {
-        let mut framing = Framing::default();
+impl<'b> ControlData<'b> {
+    fn of(headers: &[httparse::Header<'b>], http10: bool) -> Result<ControlData<'b>, Reject> {
+        let mut control = ControlData::default();
         let (mut length, mut coded) = (None, false);
         for line in headers {
             // The length first: it rules out nearly every line of an ordinary request at once.
             match line.name.len() {
                 4 if line.name.eq_ignore_ascii_case("host") => {
-                    if framing.host.is_some() {
+                    if control.host.is_some() {
                         return Err(Reject::Malformed("repeated Host"));
                     }
                     let host = std::str::from_utf8(line.value).ok().and_then(host_of);
-                    framing.host = Some(host.ok_or(Reject::Malformed("invalid Host"))?);
+                    control.host = Some(host.ok_or(Reject::Malformed("invalid Host"))?);
                 }
                 10 if line.name.eq_ignore_ascii_case("connection") => {
                     for option in line.value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
-                        framing.close |= option.eq_ignore_ascii_case(b"close");
-                        framing.asks_keep_alive |= option.eq_ignore_ascii_case(b"keep-alive");
+                        control.close |= option.eq_ignore_ascii_case(b"close");
+                        control.asks_keep_alive |= option.eq_ignore_ascii_case(b"keep-alive");
                     }
                 }
                 14 if line.name.eq_ignore_ascii_case("content-length") => {
@@ -367,8 +367,8 @@ impl<'b> Framing<'b> {
         if coded && length.is_some() {
             return Err(Reject::Malformed("both Content-Length and Transfer-Encoding"));
         }
-        framing.has_body = coded || length.is_some_and(|n| n > 0);
-        Ok(framing)
+        control.has_body = coded || length.is_some_and(|n| n > 0);
+        Ok(control)
     }
 }
 

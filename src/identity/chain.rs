@@ -7,7 +7,7 @@ use super::error::IdentityError;
 use super::instance_identity::{self, InstanceIdentity};
 use super::metadata::Metadata;
 use super::oidc::Oidc;
-use super::provider::{Progress, Provider, Shared};
+use super::provider::{Next, Provider, Shared};
 use super::ram_role::RamRole;
 use super::uri::CredentialsUri;
 use crate::call::CallError;
@@ -100,7 +100,7 @@ impl Chain {
     ///
     /// # Errors
     /// When it ends before anybody is asked.
-    pub fn begin(&mut self, now: Mono) -> Result<Progress, IdentityError> {
+    pub fn begin(&mut self, now: Mono) -> Result<Next, IdentityError> {
         self.failed.clear();
         self.shared.metadata.begin(now);
         if self.region_wanted && self.shared.region.is_none() {
@@ -110,11 +110,11 @@ impl Chain {
         self.begin_with(self.serving.unwrap_or(0), now)
     }
 
-    fn ask_region(&self) -> Progress {
-        Progress::Ask(self.shared.metadata.question())
+    fn ask_region(&self) -> Next {
+        Next::Ask(self.shared.metadata.peer())
     }
 
-    fn begin_with(&mut self, at: usize, now: Mono) -> Result<Progress, IdentityError> {
+    fn begin_with(&mut self, at: usize, now: Mono) -> Result<Next, IdentityError> {
         self.stage = Stage::Provider(at);
         let Some(provider) = self.providers.get_mut(at) else {
             return Err(IdentityError::Everyone(std::mem::take(&mut self.failed)));
@@ -127,16 +127,16 @@ impl Chain {
     fn go_on(
         &mut self,
         at: usize,
-        outcome: Result<Progress, IdentityError>,
+        outcome: Result<Next, IdentityError>,
         now: Mono,
-    ) -> Result<Progress, IdentityError> {
+    ) -> Result<Next, IdentityError> {
         match outcome {
-            Ok(Progress::Done(grant)) => {
+            Ok(Next::Done(grant)) => {
                 self.serving = Some(at);
                 for (name, error) in self.failed.drain(..) {
                     log::info!("not {name}: {error}");
                 }
-                Ok(Progress::Done(grant))
+                Ok(Next::Done(grant))
             }
             Err(error) if self.serving.is_none() && self.providers.len() > 1 => {
                 let name = self.providers.get(at).map_or("", |provider| provider.name());
@@ -167,7 +167,7 @@ impl Chain {
         &mut self,
         answer: Result<&Response, &CallError>,
         now: Now,
-    ) -> Result<Progress, IdentityError> {
+    ) -> Result<Next, IdentityError> {
         match self.stage {
             Stage::Region => {
                 let region = self.shared.metadata.on_region_answer(answer, now.mono);

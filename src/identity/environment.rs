@@ -2,7 +2,7 @@
 
 use super::env::{Env, NotConfigured};
 use super::error::IdentityError;
-use super::provider::{Grant, Progress, Provider, Shared};
+use super::provider::{Grant, Next, Provider, Shared};
 use crate::call::CallError;
 use crate::http::response::Response;
 use crate::kms::sign::Credentials;
@@ -51,8 +51,8 @@ impl Provider for Environment {
         NAME
     }
 
-    fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {
-        Ok(Progress::Done(Grant { credentials: Rc::clone(&self.0), life: None }))
+    fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
+        Ok(Next::Done(Grant { credentials: Rc::clone(&self.0), life: None }))
     }
 
     // Nothing is ever asked.
@@ -63,7 +63,7 @@ impl Provider for Environment {
         shared: &mut Shared,
         _: Result<&Response, &CallError>,
         now: Now,
-    ) -> Result<Progress, IdentityError> {
+    ) -> Result<Next, IdentityError> {
         self.begin(shared, now.mono)
     }
 }

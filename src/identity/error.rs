@@ -10,7 +10,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IdentityError {
     /// Whom we asked did not give us what we need.
-    Service(Asked, Problem),
+    Service(CredentialSource, ServiceError),
     /// The OIDC token's file holds no token, or cannot be read.
     TokenFile(PathBuf, String),
     /// The metadata service did not say which region this is.
@@ -21,7 +21,7 @@ pub enum IdentityError {
 
 /// Who was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum CredentialSource {
     /// The instance metadata service.
     Metadata,
     /// The Security Token Service.
@@ -34,7 +34,7 @@ pub enum Asked {
 
 /// What was wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Problem {
+pub enum ServiceError {
     /// No connection, or no usable reply in time.
     Unreachable(String),
     /// The instance has no RAM role, or not the one that is configured.
@@ -70,28 +70,31 @@ pub enum Problem {
 impl IdentityError {
     /// A question that brought no reply.
     #[must_use]
-    pub fn unreachable(asked: Asked, error: &CallError) -> IdentityError {
-        IdentityError::Service(asked, Problem::Unreachable(error.message.clone()))
+    pub fn unreachable(asked: CredentialSource, error: &CallError) -> IdentityError {
+        IdentityError::Service(asked, ServiceError::Unreachable(error.message.clone()))
     }
 
     /// Whether it is that the metadata service cannot be reached, or fails as a whole.
     #[must_use]
-    pub fn is_for_want_of_metadata(&self) -> bool {
+    pub fn needs_metadata(&self) -> bool {
         match self {
-            IdentityError::Service(Asked::Metadata, Problem::Unreachable(_) | Problem::Status(500..)) => true,
-            IdentityError::Region(error) => error.is_for_want_of_metadata(),
+            IdentityError::Service(
+                CredentialSource::Metadata,
+                ServiceError::Unreachable(_) | ServiceError::Status(500..),
+            ) => true,
+            IdentityError::Region(error) => error.needs_metadata(),
             _ => false,
         }
     }
 }
 
-impl fmt::Display for Asked {
+impl fmt::Display for CredentialSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Asked::Metadata => f.write_str("metadata service"),
-            Asked::Sts => f.write_str("STS"),
-            Asked::CredentialsUri(origin) => write!(f, "credentials URI at {origin}"),
-            Asked::AccessPoint => f.write_str("application access point"),
+            CredentialSource::Metadata => f.write_str("metadata service"),
+            CredentialSource::Sts => f.write_str("STS"),
+            CredentialSource::CredentialsUri(origin) => write!(f, "credentials URI at {origin}"),
+            CredentialSource::AccessPoint => f.write_str("application access point"),
         }
     }
 }
@@ -109,7 +112,7 @@ impl fmt::Display for IdentityError {
             IdentityError::Region(error) => {
                 match &**error {
                     // The advice is for want of credentials; here something else helps.
-                    IdentityError::Service(asked, problem @ Problem::Unreachable(_)) => {
+                    IdentityError::Service(asked, problem @ ServiceError::Unreachable(_)) => {
                         write!(f, "{asked}: {problem}")?;
                     }
                     error => write!(f, "{error}")?,
@@ -129,30 +132,32 @@ impl fmt::Display for IdentityError {
 
 impl std::error::Error for IdentityError {}
 
-impl fmt::Display for Problem {
+impl fmt::Display for ServiceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Problem::Unreachable(what) => f.write_str(what),
-            Problem::NoRole(None) => f.write_str("no RAM role is attached to this instance"),
-            Problem::NoRole(Some(role)) => write!(f, "the RAM role {role} is not attached to this instance"),
-            Problem::NoSignedIdentity => f.write_str("it has no signed identity of this instance"),
-            Problem::Denied { status, hardened: true } => {
+            ServiceError::Unreachable(what) => f.write_str(what),
+            ServiceError::NoRole(None) => f.write_str("no RAM role is attached to this instance"),
+            ServiceError::NoRole(Some(role)) => {
+                write!(f, "the RAM role {role} is not attached to this instance")
+            }
+            ServiceError::NoSignedIdentity => f.write_str("it has no signed identity of this instance"),
+            ServiceError::Denied { status, hardened: true } => {
                 write!(f, "it refused our request with {status} although its token is new")
             }
-            Problem::Denied { status, hardened: false } => {
+            ServiceError::Denied { status, hardened: false } => {
                 write!(f, "it gives no token and refused a request without one with {status}")
             }
-            Problem::HardenedOnly(why) => {
+            ServiceError::HardenedOnly(why) => {
                 write!(
                     f,
                     "hardened mode failed ({why}) and ALIBABA_CLOUD_IMDSV1_DISABLED forbids plain requests"
                 )
             }
-            Problem::Refused { status, text } => write!(f, "it refused with {status} {text}"),
-            Problem::Status(status) => write!(f, "it answered {status}"),
-            Problem::Code(code) => write!(f, "it has no credentials: {code}"),
-            Problem::Malformed(what) => write!(f, "it gave {what} that cannot be read"),
-            Problem::Expired(end) => {
+            ServiceError::Refused { status, text } => write!(f, "it refused with {status} {text}"),
+            ServiceError::Status(status) => write!(f, "it answered {status}"),
+            ServiceError::Code(code) => write!(f, "it has no credentials: {code}"),
+            ServiceError::Malformed(what) => write!(f, "it gave {what} that cannot be read"),
+            ServiceError::Expired(end) => {
                 write!(
                     f,
                     "it gave credentials that ended at {end}; if that is still to come, this host's clock is wrong"
@@ -163,25 +168,29 @@ impl fmt::Display for Problem {
 }
 
 /// What to do about it, as the end of the message.
-fn advice(asked: &Asked, problem: &Problem) -> &'static str {
+fn advice(asked: &CredentialSource, problem: &ServiceError) -> &'static str {
     match (asked, problem) {
-        (Asked::Metadata, Problem::Unreachable(_)) => {
+        (CredentialSource::Metadata, ServiceError::Unreachable(_)) => {
             "; on an ECS instance look for a firewall rule against it, elsewhere use another identity"
         }
-        (_, Problem::NoRole(None)) => "; attach one that may call kms:GetSecretValue",
-        (_, Problem::NoRole(Some(_))) => {
+        (_, ServiceError::NoRole(None)) => "; attach one that may call kms:GetSecretValue",
+        (_, ServiceError::NoRole(Some(_))) => {
             "; attach it, or correct [KMS] RoleName or ALIBABA_CLOUD_ECS_METADATA, whichever names it"
         }
-        (_, Problem::NoSignedIdentity) => "; instance identity needs an ECS instance",
-        (_, Problem::Denied { .. }) => "; see the instance's metadata options (HttpEndpoint, HttpTokens)",
-        (Asked::Metadata, Problem::Code(_)) => "; see that the RAM role exists and trusts ecs.aliyuncs.com",
-        (Asked::Sts, Problem::Unreachable(_)) => {
+        (_, ServiceError::NoSignedIdentity) => "; instance identity needs an ECS instance",
+        (_, ServiceError::Denied { .. }) => {
+            "; see the instance's metadata options (HttpEndpoint, HttpTokens)"
+        }
+        (CredentialSource::Metadata, ServiceError::Code(_)) => {
+            "; see that the RAM role exists and trusts ecs.aliyuncs.com"
+        }
+        (CredentialSource::Sts, ServiceError::Unreachable(_)) => {
             "; see ALIBABA_CLOUD_STS_REGION and ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED"
         }
-        (Asked::Sts, Problem::Refused { status: 400..=499, .. }) => {
+        (CredentialSource::Sts, ServiceError::Refused { status: 400..=499, .. }) => {
             "; see the OIDC token, ALIBABA_CLOUD_ROLE_ARN, ALIBABA_CLOUD_OIDC_PROVIDER_ARN and the role's trust policy"
         }
-        (Asked::AccessPoint, Problem::Refused { status: 400..=499, .. }) => {
+        (CredentialSource::AccessPoint, ServiceError::Refused { status: 400..=499, .. }) => {
             "; see [KMS] AapArn and the access point in the KMS console. This exchange is provisional and KMS itself may not \
              know it: a RAM role works (AuthType = \"ram_role\")"
         }

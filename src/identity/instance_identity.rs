@@ -15,10 +15,10 @@
 //! KMS as it is today will refuse it. When the call is known, this file and its twin in the emulator change.
 #![warn(clippy::indexing_slicing)]
 
-use super::error::{Asked, IdentityError, Problem};
+use super::error::{CredentialSource, IdentityError, ServiceError};
 use super::metadata::{malformed, problem};
-use super::provider::{Progress, Provider, Shared};
-use super::question::Question;
+use super::peer::Peer;
+use super::provider::{Next, Provider, Shared};
 use super::reply;
 use crate::call::{CallError, Service};
 use crate::config::{AapArn, HostPort};
@@ -54,8 +54,8 @@ impl InstanceIdentity {
         InstanceIdentity { aap, kms: Rc::new(kms), identity: None }
     }
 
-    fn exchange(&self) -> Question {
-        Question { service: Service::Kms, origin: Rc::clone(&self.kms) }
+    fn exchange(&self) -> Peer {
+        Peer { service: Service::Kms, origin: Rc::clone(&self.kms) }
     }
 }
 
@@ -64,9 +64,9 @@ impl Provider for InstanceIdentity {
         "the application access point"
     }
 
-    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {
+    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
         self.identity = None;
-        Ok(Progress::Ask(shared.metadata.question()))
+        Ok(Next::Ask(shared.metadata.peer()))
     }
 
     fn write_request(&self, shared: &Shared, out: &mut Vec<u8>, now: Now, random: &mut Random) {
@@ -92,21 +92,23 @@ impl Provider for InstanceIdentity {
         shared: &mut Shared,
         answer: Result<&Response, &CallError>,
         now: Now,
-    ) -> Result<Progress, IdentityError> {
+    ) -> Result<Next, IdentityError> {
         if let Some(identity) = self.identity.take() {
-            let response = answer.map_err(|it| IdentityError::unreachable(Asked::AccessPoint, it))?;
-            return reply::nested(Asked::AccessPoint, response, &identity, now.unix_s).map(Progress::Done);
+            let response =
+                answer.map_err(|it| IdentityError::unreachable(CredentialSource::AccessPoint, it))?;
+            return reply::nested(CredentialSource::AccessPoint, response, &identity, now.unix_s)
+                .map(Next::Done);
         }
         let Some(response) = shared.metadata.on_answer(answer, now.mono)? else {
-            return Ok(Progress::Ask(shared.metadata.question()));
+            return Ok(Next::Ask(shared.metadata.peer()));
         };
         match response.status {
             200 => {}
-            404 => return Err(problem(Problem::NoSignedIdentity)),
-            status => return Err(problem(Problem::Status(status))),
+            404 => return Err(problem(ServiceError::NoSignedIdentity)),
+            status => return Err(problem(ServiceError::Status(status))),
         }
         self.identity = Some(base64(&response.body).ok_or_else(|| malformed("a signed identity"))?);
-        Ok(Progress::Ask(self.exchange()))
+        Ok(Next::Ask(self.exchange()))
     }
 }
 

@@ -4,8 +4,8 @@
 //! tokens, plain GETs follow, unless `ALIBABA_CLOUD_IMDSV1_DISABLED` forbids them.
 #![warn(clippy::indexing_slicing)]
 
-use super::error::{Asked, IdentityError, Problem};
-use super::question::Question;
+use super::error::{CredentialSource, IdentityError, ServiceError};
+use super::peer::Peer;
 use crate::call::{CallError, Service};
 use crate::config::HostPort;
 use crate::http::response::Response;
@@ -62,8 +62,8 @@ impl Metadata {
 
     /// Whom to ask.
     #[must_use]
-    pub fn question(&self) -> Question {
-        Question { service: Service::Metadata, origin: Rc::clone(&self.origin) }
+    pub fn peer(&self) -> Peer {
+        Peer { service: Service::Metadata, origin: Rc::clone(&self.origin) }
     }
 
     /// Writes the next request on the way to what is at `path`, whole.
@@ -90,7 +90,7 @@ impl Metadata {
                 }
             }
         }
-        self.question().end_head(out);
+        self.peer().end_head(out);
     }
 
     /// Takes the answer. `Some`: the reply to the GET, whatever its status; `None`: ask once more.
@@ -106,7 +106,7 @@ impl Metadata {
         let response = match answer {
             // Something that is there and does not speak tokens, or drops what is no GET: plain GETs may do.
             Err(error) if asked_token && error.reached => return self.fall_back(&error.message),
-            Err(error) => return Err(IdentityError::unreachable(Asked::Metadata, error)),
+            Err(error) => return Err(IdentityError::unreachable(CredentialSource::Metadata, error)),
             Ok(response) => response,
         };
         match response.status {
@@ -125,7 +125,7 @@ impl Metadata {
             }
             status @ (401 | 403) => {
                 let hardened = matches!(self.access, Access::Hardened { .. });
-                Err(problem(Problem::Denied { status, hardened }))
+                Err(problem(ServiceError::Denied { status, hardened }))
             }
             _ => Ok(Some(response)),
         }
@@ -133,7 +133,7 @@ impl Metadata {
 
     fn fall_back<'a>(&mut self, why: &str) -> Result<Option<&'a Response>, IdentityError> {
         if self.hardened_only {
-            return Err(problem(Problem::HardenedOnly(why.to_owned())));
+            return Err(problem(ServiceError::HardenedOnly(why.to_owned())));
         }
         self.access = Access::Plain;
         Ok(None)
@@ -155,7 +155,7 @@ impl Metadata {
     ) -> Result<Option<String>, IdentityError> {
         let Some(response) = self.on_answer(answer, now)? else { return Ok(None) };
         if response.status != 200 {
-            return Err(problem(Problem::Status(response.status)));
+            return Err(problem(ServiceError::Status(response.status)));
         }
         let region = word(&response.body).filter(|it| is_region(it)).ok_or_else(|| malformed("a region"))?;
         Ok(Some(region.to_owned()))
@@ -163,13 +163,13 @@ impl Metadata {
 }
 
 /// An error of the metadata service.
-pub(super) const fn problem(problem: Problem) -> IdentityError {
-    IdentityError::Service(Asked::Metadata, problem)
+pub(super) const fn problem(problem: ServiceError) -> IdentityError {
+    IdentityError::Service(CredentialSource::Metadata, problem)
 }
 
 /// The same, where an answer is not what it should be.
 pub(super) const fn malformed(what: &'static str) -> IdentityError {
-    problem(Problem::Malformed(what))
+    problem(ServiceError::Malformed(what))
 }
 
 /// One printable ASCII word, trimmed: fit for a header line or a path.

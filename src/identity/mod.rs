@@ -11,15 +11,15 @@ mod error;
 pub mod instance_identity;
 pub mod metadata;
 pub mod oidc;
+mod peer;
 pub mod provider;
-mod question;
 pub mod ram_role;
 mod reply;
 pub mod uri;
 
 pub use env::NotConfigured;
-pub use error::{Asked, IdentityError, Problem};
-pub use question::Question;
+pub use error::{CredentialSource, IdentityError, ServiceError};
+pub use peer::Peer;
 
 use crate::call::CallError;
 use crate::config::KmsSection;
@@ -30,7 +30,7 @@ use crate::log::LeftOut;
 use crate::random::Random;
 use crate::time::{Mono, Now};
 use chain::Chain;
-use provider::{Grant, Progress};
+use provider::{Grant, Next};
 use std::ffi::OsString;
 use std::rc::Rc;
 use std::time::Duration;
@@ -49,8 +49,10 @@ const TOLD_AGAIN: Duration = Duration::from_secs(60);
 enum State {
     /// Nothing under way; the next fetch is due at `at`.
     Resting { at: Mono },
-    /// A question is out, or about to go out.
-    Asking { question: Question, out: bool },
+    /// This service is to be asked.
+    ToAsk(Peer),
+    /// The request is out.
+    Asking,
     /// The last fetch failed.
     Failed { error: IdentityError, failed: Mono, at: Mono },
 }
@@ -63,7 +65,7 @@ struct Held {
 
 /// What a caller who needs credentials gets.
 #[derive(Debug)]
-pub enum Standing<'a> {
+pub enum CredentialState<'a> {
     /// Credentials that have not ended.
     Ready(&'a Rc<Credentials>),
     /// Being fetched.
@@ -160,7 +162,7 @@ impl Identity {
     }
 
     /// What a caller gets. Who finds nothing sets a fetch going, unless one has just failed.
-    pub fn standing(&mut self, now: Mono) -> Standing<'_> {
+    pub fn credentials(&mut self, now: Mono) -> CredentialState<'_> {
         if self.held.as_ref().is_some_and(|held| now >= held.ends) {
             self.held = None;
         }
@@ -168,13 +170,13 @@ impl Identity {
             match &self.state {
                 State::Failed { failed, at, .. } if now < (*at).min(failed.after(DEMAND_PAUSE)) => {}
                 State::Failed { .. } | State::Resting { .. } => self.begin(now),
-                State::Asking { .. } => {}
+                State::ToAsk(_) | State::Asking => {}
             }
         }
         match (&self.held, &self.state) {
-            (Some(held), _) => Standing::Ready(&held.credentials),
-            (None, State::Failed { error, at, .. }) => Standing::Failed { error, retry_at: *at },
-            (None, _) => Standing::Pending,
+            (Some(held), _) => CredentialState::Ready(&held.credentials),
+            (None, State::Failed { error, at, .. }) => CredentialState::Failed { error, retry_at: *at },
+            (None, _) => CredentialState::Pending,
         }
     }
 
@@ -195,7 +197,7 @@ impl Identity {
         }
         self.refused_last = Some(now);
         self.held = None;
-        if !matches!(self.state, State::Asking { .. }) {
+        if !matches!(self.state, State::ToAsk(_) | State::Asking) {
             self.begin(now);
         }
         true
@@ -213,18 +215,15 @@ impl Identity {
 
     /// Whom to ask something now. The request is then written by [`Identity::write_request`] and its outcome
     /// told to [`Identity::on_answer`].
-    pub fn poll(&mut self, now: Mono) -> Option<Question> {
+    pub fn poll(&mut self, now: Mono) -> Option<Peer> {
         match &self.state {
             State::Resting { at } | State::Failed { at, .. } if now >= *at => self.begin(now),
             _ => {}
         }
-        match &mut self.state {
-            State::Asking { question, out: out @ false } => {
-                *out = true;
-                Some(question.clone())
-            }
-            _ => None,
-        }
+        let State::ToAsk(peer) = &self.state else { return None };
+        let peer = peer.clone();
+        self.state = State::Asking;
+        Some(peer)
     }
 
     /// When [`Identity::poll`] is next worth calling.
@@ -232,8 +231,8 @@ impl Identity {
     pub const fn next_deadline(&self) -> Mono {
         match self.state {
             State::Resting { at } | State::Failed { at, .. } => at,
-            State::Asking { out: false, .. } => Mono::from_micros(0),
-            State::Asking { out: true, .. } => Mono::NEVER,
+            State::ToAsk(_) => Mono::from_micros(0),
+            State::Asking => Mono::NEVER,
         }
     }
 
@@ -256,10 +255,10 @@ impl Identity {
         Now { unix_s: now.unix_s.saturating_add(self.clock_offset_s), ..now }
     }
 
-    fn go_on(&mut self, outcome: Result<Progress, IdentityError>, now: Mono) {
+    fn go_on(&mut self, outcome: Result<Next, IdentityError>, now: Mono) {
         self.state = match outcome {
-            Ok(Progress::Ask(question)) => State::Asking { question, out: false },
-            Ok(Progress::Done(Grant { credentials, life })) => {
+            Ok(Next::Ask(peer)) => State::ToAsk(peer),
+            Ok(Next::Done(Grant { credentials, life })) => {
                 self.failures = 0;
                 self.outcome = Some(Ok(()));
                 self.trouble = Trouble::default();

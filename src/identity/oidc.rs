@@ -2,9 +2,9 @@
 #![warn(clippy::indexing_slicing)]
 
 use super::env::{Env, NotConfigured};
-use super::error::{Asked, IdentityError};
-use super::provider::{Progress, Provider, Shared};
-use super::question::Question;
+use super::error::{CredentialSource, IdentityError};
+use super::peer::Peer;
+use super::provider::{Next, Provider, Shared};
 use super::reply;
 use crate::call::{CallError, Service};
 use crate::config::{self, HostPort};
@@ -85,10 +85,10 @@ impl Oidc {
         })
     }
 
-    fn question(&mut self, region: Option<&str>) -> Question {
+    fn peer(&mut self, region: Option<&str>) -> Peer {
         let in_vpc = self.in_vpc;
         let sts = self.sts.get_or_insert_with(|| Rc::new(at_port(sts_in(region, in_vpc))));
-        Question { service: Service::Sts, origin: Rc::clone(sts) }
+        Peer { service: Service::Sts, origin: Rc::clone(sts) }
     }
 }
 
@@ -109,10 +109,10 @@ impl Provider for Oidc {
         "the OIDC role"
     }
 
-    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {
+    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
         self.token = read_token(&self.token_file)
             .map_err(|why| IdentityError::TokenFile(self.token_file.clone(), why))?;
-        Ok(Progress::Ask(self.question(shared.region.as_deref())))
+        Ok(Next::Ask(self.peer(shared.region.as_deref())))
     }
 
     fn write_request(&self, _: &Shared, out: &mut Vec<u8>, now: Now, random: &mut Random) {
@@ -132,8 +132,8 @@ impl Provider for Oidc {
             ("RoleSessionName", &self.session_name),
             ("OIDCToken", self.token.expose_str().unwrap_or_default()),
         ];
-        let question = Question { service: Service::Sts, origin: Rc::clone(sts) };
-        question.post_form(out, "", &percent::form(&pairs));
+        let peer = Peer { service: Service::Sts, origin: Rc::clone(sts) };
+        peer.post_form(out, "", &percent::form(&pairs));
     }
 
     fn on_answer(
@@ -141,10 +141,10 @@ impl Provider for Oidc {
         _: &mut Shared,
         answer: Result<&Response, &CallError>,
         now: Now,
-    ) -> Result<Progress, IdentityError> {
+    ) -> Result<Next, IdentityError> {
         let token = std::mem::replace(&mut self.token, Secret::from(""));
-        let response = answer.map_err(|error| IdentityError::unreachable(Asked::Sts, error))?;
-        reply::nested(Asked::Sts, response, &token, now.unix_s).map(Progress::Done)
+        let response = answer.map_err(|error| IdentityError::unreachable(CredentialSource::Sts, error))?;
+        reply::nested(CredentialSource::Sts, response, &token, now.unix_s).map(Next::Done)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::error::IdentityError;
 use super::metadata::Metadata;
-use super::question::Question;
+use super::peer::Peer;
 use crate::call::CallError;
 use crate::http::response::Response;
 use crate::kms::sign::Credentials;
@@ -24,7 +24,7 @@ pub trait Provider: fmt::Debug {
     ///
     /// # Errors
     /// When there is not even a question to ask.
-    fn begin(&mut self, shared: &mut Shared, now: Mono) -> Result<Progress, IdentityError>;
+    fn begin(&mut self, shared: &mut Shared, now: Mono) -> Result<Next, IdentityError>;
 
     /// Writes the request of the question asked last, whole. Again for the same question, when its
     /// connection turned out to be dead.
@@ -39,14 +39,14 @@ pub trait Provider: fmt::Debug {
         shared: &mut Shared,
         answer: Result<&Response, &CallError>,
         now: Now,
-    ) -> Result<Progress, IdentityError>;
+    ) -> Result<Next, IdentityError>;
 }
 
 /// How far a conversation has come.
 #[derive(Debug)]
-pub enum Progress {
+pub enum Next {
     /// This is to be asked.
-    Ask(Question),
+    Ask(Peer),
     /// It has come to its end.
     Done(Grant),
 }

@@ -1,9 +1,9 @@
 //! The instance's RAM role: its credentials are at the metadata service.
 #![warn(clippy::indexing_slicing)]
 
-use super::error::{Asked, IdentityError, Problem};
+use super::error::{CredentialSource, IdentityError, ServiceError};
 use super::metadata::{malformed, problem};
-use super::provider::{Progress, Provider, Shared};
+use super::provider::{Next, Provider, Shared};
 use super::reply;
 use crate::call::CallError;
 use crate::http::response::Response;
@@ -18,7 +18,7 @@ const PATH: &str = "/latest/meta-data/ram/security-credentials/";
 pub struct RamRole {
     /// `RoleName`.
     wanted: Option<String>,
-    /// The role of this conversation. Asked anew in each, since another one may have been attached.
+    /// The role of this conversation. CredentialSource anew in each, since another one may have been attached.
     role: Option<String>,
 }
 
@@ -35,9 +35,9 @@ impl Provider for RamRole {
         "the instance's RAM role"
     }
 
-    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {
+    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
         self.role.clone_from(&self.wanted);
-        Ok(Progress::Ask(shared.metadata.question()))
+        Ok(Next::Ask(shared.metadata.peer()))
     }
 
     fn write_request(&self, shared: &Shared, out: &mut Vec<u8>, _: Now, _: &mut Random) {
@@ -50,24 +50,24 @@ impl Provider for RamRole {
         shared: &mut Shared,
         answer: Result<&Response, &CallError>,
         now: Now,
-    ) -> Result<Progress, IdentityError> {
+    ) -> Result<Next, IdentityError> {
         let Some(response) = shared.metadata.on_answer(answer, now.mono)? else {
-            return Ok(Progress::Ask(shared.metadata.question()));
+            return Ok(Next::Ask(shared.metadata.peer()));
         };
         match response.status {
             200 => {}
-            404 => return Err(problem(Problem::NoRole(self.wanted.clone()))),
-            status => return Err(problem(Problem::Status(status))),
+            404 => return Err(problem(ServiceError::NoRole(self.wanted.clone()))),
+            status => return Err(problem(ServiceError::Status(status))),
         }
         if self.role.is_some() {
-            return reply::flat(Asked::Metadata, &response.body, now.unix_s).map(Progress::Done);
+            return reply::flat(CredentialSource::Metadata, &response.body, now.unix_s).map(Next::Done);
         }
         let first = std::str::from_utf8(&response.body).ok().and_then(|text| text.lines().next());
         match first.map(str::trim) {
-            None | Some("") => Err(problem(Problem::NoRole(None))),
+            None | Some("") => Err(problem(ServiceError::NoRole(None))),
             Some(name) if is_role_name(name) => {
                 self.role = Some(name.to_owned());
-                Ok(Progress::Ask(shared.metadata.question()))
+                Ok(Next::Ask(shared.metadata.peer()))
             }
             Some(_) => Err(malformed("a role name")),
         }

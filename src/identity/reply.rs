@@ -1,7 +1,7 @@
 //! Credentials as the services give them, and their refusals.
 #![warn(clippy::indexing_slicing)]
 
-use super::error::{Asked, IdentityError, Problem};
+use super::error::{CredentialSource, IdentityError, ServiceError};
 use super::provider::Grant;
 use crate::http::response::Response;
 use crate::json::Members;
@@ -23,12 +23,12 @@ const QUOTED_BYTES_MIN: usize = 8;
 ///
 /// # Errors
 /// When it is not that, or the credentials are past their end.
-pub(super) fn flat(asked: Asked, body: &[u8], unix_s: i64) -> Result<Grant, IdentityError> {
+pub(super) fn flat(asked: CredentialSource, body: &[u8], unix_s: i64) -> Result<Grant, IdentityError> {
     let members = Members::of(body).unwrap_or_default();
     let grant = match members.text("Code") {
         Some(code) if *code == "Success" => grant(&members, unix_s),
-        Some(code) => Err(Problem::Code(printable(&code, CODE_BYTES_MAX))),
-        None => Err(Problem::Malformed(CREDENTIALS)),
+        Some(code) => Err(ServiceError::Code(printable(&code, CODE_BYTES_MAX))),
+        None => Err(ServiceError::Malformed(CREDENTIALS)),
     };
     grant.map_err(|problem| IdentityError::Service(asked, problem))
 }
@@ -39,17 +39,17 @@ pub(super) fn flat(asked: Asked, body: &[u8], unix_s: i64) -> Result<Grant, Iden
 /// # Errors
 /// When it is not that, or the credentials are past their end.
 pub(super) fn nested(
-    asked: Asked,
+    asked: CredentialSource,
     response: &Response,
     shown: &Secret,
     unix_s: i64,
 ) -> Result<Grant, IdentityError> {
-    let read = || -> Option<Result<Grant, Problem>> {
+    let read = || -> Option<Result<Grant, ServiceError>> {
         let credentials = Members::of(&response.body).ok()?.raw("Credentials")?;
         Some(grant(&Members::of(credentials.as_bytes()).ok()?, unix_s))
     };
     let grant = match response.status {
-        200 => read().unwrap_or(Err(Problem::Malformed(CREDENTIALS))),
+        200 => read().unwrap_or(Err(ServiceError::Malformed(CREDENTIALS))),
         _ => Err(refusal(response, shown)),
     };
     grant.map_err(|problem| IdentityError::Service(asked, problem))
@@ -57,18 +57,18 @@ pub(super) fn nested(
 
 const CREDENTIALS: &str = "credentials";
 
-fn grant(members: &Members<'_>, unix_s: i64) -> Result<Grant, Problem> {
+fn grant(members: &Members<'_>, unix_s: i64) -> Result<Grant, ServiceError> {
     // They go into header lines.
     let graphic =
         |value: &Zeroizing<String>| !value.is_empty() && value.bytes().all(|b| b.is_ascii_graphic());
-    let field = |name| members.text(name).filter(graphic).ok_or(Problem::Malformed(CREDENTIALS));
+    let field = |name| members.text(name).filter(graphic).ok_or(ServiceError::Malformed(CREDENTIALS));
     let secret = |name| field(name).map(|value| Secret::from(value.as_str()));
     let (id, key, token) = (field("AccessKeyId")?, secret("AccessKeySecret")?, secret("SecurityToken")?);
     let expires_unix_s = members.text("Expiration").and_then(|date| unix_s_of(&date));
-    let expires_unix_s = expires_unix_s.ok_or(Problem::Malformed("an expiry"))?;
+    let expires_unix_s = expires_unix_s.ok_or(ServiceError::Malformed("an expiry"))?;
     let life_s = expires_unix_s.saturating_sub(unix_s);
     let Some(life_s) = u64::try_from(life_s).ok().filter(|life_s| *life_s > 0) else {
-        return Err(Problem::Expired(rfc_3339(expires_unix_s).unwrap_or_default()));
+        return Err(ServiceError::Expired(rfc_3339(expires_unix_s).unwrap_or_default()));
     };
     let credentials = Credentials {
         access_key_id: id.to_string(),
@@ -80,15 +80,15 @@ fn grant(members: &Members<'_>, unix_s: i64) -> Result<Grant, Problem> {
 }
 
 /// What an error reply says, without what it quotes of the token it was shown.
-fn refusal(response: &Response, shown: &Secret) -> Problem {
+fn refusal(response: &Response, shown: &Secret) -> ServiceError {
     let Some(error) = kms_error(response).filter(|error| !quotes(&error.code, shown.expose())) else {
-        return Problem::Status(response.status);
+        return ServiceError::Status(response.status);
     };
     let text = match error.message {
         message if message.is_empty() || quotes(&message, shown.expose()) => error.code,
         message => format!("{}: {message}", error.code),
     };
-    Problem::Refused { status: response.status, text }
+    ServiceError::Refused { status: response.status, text }
 }
 
 /// Whether `message` repeats a part of `secret`, or all of it where that is short.
@@ -116,9 +116,10 @@ mod tests {
     #[test]
     fn credentials_are_read_from_both_shapes() {
         let shown = Secret::from("shown-token");
-        let flat = flat(Asked::Metadata, format!(r#"{{"Code":"Success",{FIELDS}}}"#).as_bytes(), UNIX_S);
+        let flat =
+            flat(CredentialSource::Metadata, format!(r#"{{"Code":"Success",{FIELDS}}}"#).as_bytes(), UNIX_S);
         let body = format!(r#"{{"RequestId":"r","Credentials":{{{FIELDS}}}}}"#);
-        let nested = nested(Asked::Sts, &response(200, &body), &shown, UNIX_S);
+        let nested = nested(CredentialSource::Sts, &response(200, &body), &shown, UNIX_S);
         for grant in [flat, nested] {
             let Grant { credentials, life } = grant.unwrap();
             assert_eq!(life, Some(Duration::from_secs(839)));
@@ -131,19 +132,19 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_and_nothing_quoted() {
         let whole = format!(r#"{{"Code":"Success",{FIELDS}}}"#);
-        let malformed = Problem::Malformed("credentials");
+        let malformed = ServiceError::Malformed("credentials");
         for (body, expected) in [
             (String::new(), malformed.clone()),
             ("[1]".into(), malformed.clone()),
             ("{}".into(), malformed.clone()),
             (whole.replace("9Pjf", "9P\\r\\njf"), malformed.clone()),
             (whole.replace("9Pjf", ""), malformed),
-            (whole.replace("2017", "x"), Problem::Malformed("an expiry")),
-            (whole.replace("Success", "Failed\\n"), Problem::Code("Failed".into())),
-            (whole.replace("T09", "T01"), Problem::Expired("2017-06-09T01:17:19Z".into())),
+            (whole.replace("2017", "x"), ServiceError::Malformed("an expiry")),
+            (whole.replace("Success", "Failed\\n"), ServiceError::Code("Failed".into())),
+            (whole.replace("T09", "T01"), ServiceError::Expired("2017-06-09T01:17:19Z".into())),
         ] {
-            let error = flat(Asked::Metadata, body.as_bytes(), UNIX_S).unwrap_err();
-            assert_eq!(error, IdentityError::Service(Asked::Metadata, expected), "{body}");
+            let error = flat(CredentialSource::Metadata, body.as_bytes(), UNIX_S).unwrap_err();
+            assert_eq!(error, IdentityError::Service(CredentialSource::Metadata, expected), "{body}");
             assert!(!error.to_string().contains("9P"), "{error}");
         }
     }
@@ -162,11 +163,13 @@ mod tests {
             (400, r#"{"Code":"RSUzI1NiJ9","Message":"m"}"#, "STS: it answered 400"),
             (503, "<html>eyJhbGciOiJSUzI1NiJ9.hush", "STS: it answered 503"),
         ] {
-            let error = nested(Asked::Sts, &response(status, body), &shown, UNIX_S).unwrap_err().to_string();
+            let error = nested(CredentialSource::Sts, &response(status, body), &shown, UNIX_S)
+                .unwrap_err()
+                .to_string();
             assert!(error.starts_with(expected), "{error}");
             assert!(!error.contains("eyJ") && !error.contains("hush"), "{error}");
         }
-        let error = nested(Asked::Sts, &response(200, "{}"), &shown, UNIX_S).unwrap_err();
+        let error = nested(CredentialSource::Sts, &response(200, "{}"), &shown, UNIX_S).unwrap_err();
         assert_eq!(error.to_string(), "STS: it gave credentials that cannot be read");
     }
 }

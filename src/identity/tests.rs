@@ -64,7 +64,7 @@ impl Reply {
 struct Rig {
     identity: Identity,
     now: Now,
-    asked: Vec<(Question, String)>,
+    asked: Vec<(Peer, String)>,
 }
 
 impl Rig {
@@ -119,21 +119,21 @@ impl Rig {
 
     /// The access key id that it has, or why it has none.
     fn stands(&mut self) -> Result<String, String> {
-        match self.identity.standing(self.now.mono) {
-            Standing::Ready(credentials) => Ok(credentials.access_key_id.clone()),
-            Standing::Failed { error, .. } => Err(error.to_string()),
-            Standing::Pending => Err("pending".into()),
+        match self.identity.credentials(self.now.mono) {
+            CredentialState::Ready(credentials) => Ok(credentials.access_key_id.clone()),
+            CredentialState::Failed { error, .. } => Err(error.to_string()),
+            CredentialState::Pending => Err("pending".into()),
         }
     }
 
     fn credentials(&mut self) -> Rc<Credentials> {
-        let Standing::Ready(credentials) = self.identity.standing(self.now.mono) else { panic!() };
+        let CredentialState::Ready(credentials) = self.identity.credentials(self.now.mono) else { panic!() };
         Rc::clone(credentials)
     }
 
     /// The request lines so far, with a mark at those that showed a metadata token.
     fn lines(&mut self) -> Vec<String> {
-        let line = |(_, request): (Question, String)| {
+        let line = |(_, request): (Peer, String)| {
             let line = request.lines().next().unwrap().strip_suffix(" HTTP/1.1").unwrap();
             let token = request.contains("X-aliyun-ecs-metadata-token: ");
             format!("{line}{}", if token { " +token" } else { "" })
@@ -394,7 +394,7 @@ fn oidc_asks_sts_with_the_token_that_is_in_the_file_now() {
     assert_eq!(rig.stands().unwrap(), "STS.2");
     let [(question, first), (_, second)] = rig.asked.as_slice() else { panic!() };
     let origin = Rc::new(HostPort { host: "sts.cn-beijing.aliyuncs.com".into(), port: 443 });
-    assert_eq!(*question, Question { service: Service::Sts, origin });
+    assert_eq!(*question, Peer { service: Service::Sts, origin });
     let (head, form) = first.split_once("\r\n\r\n").unwrap();
     assert!(head.contains(&format!("Content-Length: {}\r\n", form.len())), "{head}");
     let nonce = form.split("SignatureNonce=").nth(1).and_then(|rest| rest.get(..32)).unwrap();
@@ -509,7 +509,7 @@ fn instance_identity_shows_a_signed_identity_to_the_access_point() {
         "on the service's clock"
     );
     let origin = Rc::new(HostPort::kms_in("cn-hangzhou"));
-    assert_eq!(*question, Question { service: Service::Kms, origin });
+    assert_eq!(*question, Peer { service: Service::Kms, origin });
     for line in [
         "x-acs-action: AssumeApplicationAccessPoint",
         "x-acs-version: 2016-01-20",

@@ -2,9 +2,9 @@
 #![warn(clippy::indexing_slicing)]
 
 use super::env::{Env, NotConfigured};
-use super::error::{Asked, IdentityError, Problem};
-use super::provider::{Progress, Provider, Shared};
-use super::question::Question;
+use super::error::{CredentialSource, IdentityError, ServiceError};
+use super::peer::Peer;
+use super::provider::{Next, Provider, Shared};
 use super::reply;
 use crate::call::{CallError, Service};
 use crate::config::HostPort;
@@ -19,7 +19,7 @@ const URI: &str = "ALIBABA_CLOUD_CREDENTIALS_URI";
 /// A credentials URI.
 #[derive(Debug)]
 pub struct CredentialsUri {
-    question: Question,
+    peer: Peer,
     /// Path and query, the latter of which may hold a secret.
     target: Secret,
 }
@@ -54,7 +54,7 @@ fn parse(uri: &str) -> Option<CredentialsUri> {
     let fits = target.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#');
     let slash = if target.starts_with('/') { "" } else { "/" };
     fits.then(|| CredentialsUri {
-        question: Question { service, origin },
+        peer: Peer { service, origin },
         target: Secret::from(format!("{slash}{target}")),
     })
 }
@@ -64,15 +64,15 @@ impl Provider for CredentialsUri {
         "the credentials URI"
     }
 
-    fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Progress, IdentityError> {
-        Ok(Progress::Ask(self.question.clone()))
+    fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
+        Ok(Next::Ask(self.peer.clone()))
     }
 
     fn write_request(&self, _: &Shared, out: &mut Vec<u8>, _: Now, _: &mut Random) {
         for part in [b"GET ", self.target.expose(), b" HTTP/1.1\r\nAccept: application/json\r\n"] {
             out.extend_from_slice(part);
         }
-        self.question.end_head(out);
+        self.peer.end_head(out);
     }
 
     fn on_answer(
@@ -80,13 +80,13 @@ impl Provider for CredentialsUri {
         _: &mut Shared,
         answer: Result<&Response, &CallError>,
         now: Now,
-    ) -> Result<Progress, IdentityError> {
-        let asked = || Asked::CredentialsUri(HostPort::clone(&self.question.origin));
+    ) -> Result<Next, IdentityError> {
+        let asked = || CredentialSource::CredentialsUri(HostPort::clone(&self.peer.origin));
         let error = |problem| IdentityError::Service(asked(), problem);
         let response = answer.map_err(|it| IdentityError::unreachable(asked(), it))?;
         match response.status {
-            200 => reply::flat(asked(), &response.body, now.unix_s).map(Progress::Done),
-            status => Err(error(Problem::Status(status))),
+            200 => reply::flat(asked(), &response.body, now.unix_s).map(Next::Done),
+            status => Err(error(ServiceError::Status(status))),
         }
     }
 }
@@ -105,11 +105,7 @@ mod tests {
         ] {
             let parsed = parse(uri).unwrap();
             let origin = Rc::new(HostPort { host: host.into(), port });
-            assert_eq!(
-                parsed.question,
-                Question { service: Service::CredentialsUri { tls }, origin },
-                "{uri}"
-            );
+            assert_eq!(parsed.peer, Peer { service: Service::CredentialsUri { tls }, origin }, "{uri}");
             assert_eq!(parsed.target.expose_str(), Some(target));
         }
         for uri in [

@@ -2,13 +2,13 @@
 
 use super::report::Report;
 use crate::call::{CallError, Service};
-use crate::cli::probe::{Outcome, Prober};
+use crate::cli::probe::{ProbeResult, Prober};
 use crate::cli::{run, status};
 use crate::config::{Config, ENDPOINT_PORT, HostPort};
 use crate::conn::tls;
 use crate::http::response::Response;
 use crate::identity::metadata::Metadata;
-use crate::identity::{Asked, IdentityError, Standing, environment};
+use crate::identity::{CredentialSource, CredentialState, IdentityError, environment};
 use crate::kms::reply::{self, KmsError, Reply};
 use crate::kms::request;
 use crate::kms::sign::Credentials;
@@ -30,41 +30,43 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
     };
     let prober = Prober::new(tls);
     let (metadata, is_no_ecs) = ask_metadata(&prober, &config.kms.metadata_endpoint);
-    let who = fetch_credentials(&prober, config, &mut random);
-    tell_metadata(config, &metadata, is_no_ecs, &who, report);
-    tell_credentials(&metadata, &who, &prober, report);
+    let fetched = fetch_credentials(&prober, config, &mut random);
+    report_metadata(config, &metadata, is_no_ecs, &fetched, report);
+    report_credentials(&metadata, &fetched, &prober, report);
 
     let metadata_clock = metadata.as_ref().ok().map(|reply| skew(reply.date_unix_s, &prober));
-    let Some(endpoint) = endpoint(config, &who) else {
+    let Some(endpoint) = endpoint(config, &fetched) else {
         for step in ["DNS", "TCP", "TLS"] {
             report.skipped(
                 step,
                 "where KMS is, is not known: neither [KMS] Endpoint nor Region is set, nor learned: set [KMS] Region",
             );
         }
-        tell_clock(metadata_clock.flatten(), "the metadata service", report);
+        report_clock(metadata_clock.flatten(), "the metadata service", report);
         return report.skipped("permission", "needs the way to KMS");
     };
     let made_up = format!("kms-agent-check-{:016x}", random.next_u64());
-    let asking = Asking { endpoint: &endpoint, id: secret.unwrap_or(&made_up), made_up: secret.is_none() };
-    let outcome = asking.call(&prober, who.credentials.as_ref().ok(), None, &mut random);
-    tell_way(config, &endpoint, &outcome, ca_problem.as_deref(), report);
+    let query = TestQuery { endpoint: &endpoint, id: secret.unwrap_or(&made_up), made_up: secret.is_none() };
+    let outcome = query.call(&prober, fetched.credentials.as_ref().ok(), None, &mut random);
+    report_way(config, &endpoint, &outcome, ca_problem.as_deref(), report);
     let kms_clock = outcome.result.as_ref().ok().and_then(|reply| skew(reply.date_unix_s, &prober));
     match kms_clock {
-        Some(_) => tell_clock(kms_clock, "KMS", report),
-        None => tell_clock(metadata_clock.flatten(), "the metadata service", report),
+        Some(_) => report_clock(kms_clock, "KMS", report),
+        None => report_clock(metadata_clock.flatten(), "the metadata service", report),
     }
-    let Ok(credentials) = &who.credentials else { return report.skipped("permission", "needs credentials") };
+    let Ok(credentials) = &fetched.credentials else {
+        return report.skipped("permission", "needs credentials");
+    };
     let Ok(response) = outcome.result else { return report.skipped("permission", "needs the way to KMS") };
-    let mut reply = reply::parse(asking.id, response, prober.now().unix_s);
+    let mut reply = reply::parse(query.id, response, prober.now().unix_s);
     if let Reply::ClockSkew { server_unix_s: Some(unix_s), .. } = reply {
         // As the agent does it: once more, by KMS's own clock.
-        let again = asking.call(&prober, Some(credentials), Some(unix_s), &mut random);
+        let again = query.call(&prober, Some(credentials), Some(unix_s), &mut random);
         if let Ok(response) = again.result {
-            reply = reply::parse(asking.id, response, unix_s);
+            reply = reply::parse(query.id, response, unix_s);
         }
     }
-    asking.tell_permission(reply, who.name, report);
+    query.report_permission(reply, fetched.name, report);
 }
 
 /// Seconds that this host is ahead of a reply's `Date`.
@@ -72,11 +74,11 @@ fn skew(date_unix_s: Option<i64>, prober: &Prober) -> Option<i64> {
     date_unix_s.map(|date| prober.now().unix_s.saturating_sub(date))
 }
 
-// ---- Who we are ----
+// ---- Credentials ----
 
 /// The credentials as the agent would get them.
-struct Who {
-    credentials: Result<Rc<Credentials>, Nobody>,
+struct Fetched {
+    credentials: Result<Rc<Credentials>, NoCredentials>,
     /// `the instance's RAM role`.
     name: &'static str,
     region: Option<String>,
@@ -85,35 +87,35 @@ struct Who {
 }
 
 /// Why there are none.
-struct Nobody {
+struct NoCredentials {
     why: String,
-    for_want_of_metadata: bool,
+    needs_metadata: bool,
     /// The metadata service was asked, and did not give what was needed.
     metadata_failed: bool,
 }
 
 /// Runs the agent's own credential fetch to its first end.
-fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> Who {
+fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> Fetched {
     let mut identity = match run::identity(config, &|name| std::env::var_os(name), random) {
         Ok(identity) => identity,
         Err(error) => {
-            let nobody =
-                Nobody { why: error.to_string(), for_want_of_metadata: false, metadata_failed: false };
-            return Who { credentials: Err(nobody), name: "nobody", region: None, clock_offset_s: 0 };
+            let none =
+                NoCredentials { why: error.to_string(), needs_metadata: false, metadata_failed: false };
+            return Fetched { credentials: Err(none), name: "nobody", region: None, clock_offset_s: 0 };
         }
     };
     let credentials = loop {
         let now = prober.now().mono;
-        match identity.standing(now) {
-            Standing::Ready(credentials) => break Ok(Rc::clone(credentials)),
-            Standing::Failed { error, .. } => {
-                break Err(Nobody {
+        match identity.credentials(now) {
+            CredentialState::Ready(credentials) => break Ok(Rc::clone(credentials)),
+            CredentialState::Failed { error, .. } => {
+                break Err(NoCredentials {
                     why: error.to_string(),
-                    for_want_of_metadata: error.is_for_want_of_metadata(),
+                    needs_metadata: error.needs_metadata(),
                     metadata_failed: is_of_metadata(error),
                 });
             }
-            Standing::Pending => {}
+            CredentialState::Pending => {}
         }
         if let Some(question) = identity.poll(now) {
             let outcome = prober.call(question.service, &question.origin, &mut |out| {
@@ -123,7 +125,7 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> W
             identity.on_answer(outcome.result.as_ref(), prober.now());
         }
     };
-    Who {
+    Fetched {
         credentials,
         name: identity.name(),
         region: identity.region().map(str::to_owned),
@@ -134,7 +136,7 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> W
 /// Whether the metadata service was asked in vain.
 fn is_of_metadata(error: &IdentityError) -> bool {
     match error {
-        IdentityError::Service(Asked::Metadata, _) | IdentityError::Region(_) => true,
+        IdentityError::Service(CredentialSource::Metadata, _) | IdentityError::Region(_) => true,
         IdentityError::Everyone(errors) => errors.iter().any(|(_, error)| is_of_metadata(error)),
         IdentityError::Service(..) | IdentityError::TokenFile(..) => false,
     }
@@ -160,11 +162,11 @@ fn ask_metadata(prober: &Prober, origin: &HostPort) -> (Result<Response, CallErr
     (answer, is_no_ecs)
 }
 
-fn tell_metadata(
+fn report_metadata(
     config: &Config,
     answer: &Result<Response, CallError>,
     is_no_ecs: bool,
-    who: &Who,
+    fetched: &Fetched,
     report: &mut Report,
 ) {
     const STEP: &str = "metadata";
@@ -180,11 +182,11 @@ fn tell_metadata(
         Ok(reply) => format!("{origin} answers {}", reply.status),
         Err(error) => error.to_string(),
     };
-    let is_needed = who
+    let is_needed = fetched
         .credentials
         .as_ref()
-        .is_err_and(|nobody| nobody.for_want_of_metadata || is_no_ecs && nobody.metadata_failed);
-    if !is_needed && endpoint(config, who).is_some() {
+        .is_err_and(|none| none.needs_metadata || is_no_ecs && none.metadata_failed);
+    if !is_needed && endpoint(config, fetched).is_some() {
         return report.ok(STEP, format_args!("not needed with this configuration ({what})"));
     }
     if is_no_ecs {
@@ -202,34 +204,39 @@ fn tell_metadata(
     );
 }
 
-fn tell_credentials(metadata: &Result<Response, CallError>, who: &Who, prober: &Prober, report: &mut Report) {
+fn report_credentials(
+    metadata: &Result<Response, CallError>,
+    fetched: &Fetched,
+    prober: &Prober,
+    report: &mut Report,
+) {
     const STEP: &str = "credentials";
-    match &who.credentials {
+    match &fetched.credentials {
         Ok(credentials) => match credentials.expires_unix_s {
             Some(end) => {
-                let left_s = end.saturating_sub(prober.now().unix_s).saturating_sub(who.clock_offset_s);
+                let left_s = end.saturating_sub(prober.now().unix_s).saturating_sub(fetched.clock_offset_s);
                 let left = status::duration(u64::try_from(left_s).unwrap_or(0));
-                report.ok(STEP, format_args!("there, for another {left}: {}", who.name));
+                report.ok(STEP, format_args!("there, for another {left}: {}", fetched.name));
             }
-            None => report.ok(STEP, format_args!("there, without an end: {}", who.name)),
+            None => report.ok(STEP, format_args!("there, without an end: {}", fetched.name)),
         },
-        Err(nobody) if nobody.for_want_of_metadata && metadata.is_err() => {
+        Err(none) if none.needs_metadata && metadata.is_err() => {
             report.skipped(STEP, "need the metadata service");
         }
-        Err(nobody) => report.failed(STEP, &nobody.why),
+        Err(none) => report.failed(STEP, &none.why),
     }
 }
 
 // ---- The way to KMS ----
 
-fn endpoint(config: &Config, who: &Who) -> Option<HostPort> {
-    config.kms.endpoint().or_else(|| who.region.as_deref().map(HostPort::kms_in))
+fn endpoint(config: &Config, fetched: &Fetched) -> Option<HostPort> {
+    config.kms.endpoint().or_else(|| fetched.region.as_deref().map(HostPort::kms_in))
 }
 
-fn tell_way(
+fn report_way(
     config: &Config,
     endpoint: &HostPort,
-    outcome: &Outcome,
+    outcome: &ProbeResult,
     ca_problem: Option<&str>,
     report: &mut Report,
 ) {
@@ -281,7 +288,7 @@ fn tell_way(
     }
 }
 
-fn tell_clock(ahead_s: Option<i64>, of: &str, report: &mut Report) {
+fn report_clock(ahead_s: Option<i64>, of: &str, report: &mut Report) {
     const STEP: &str = "clock";
     let Some(ahead_s) = ahead_s else { return report.skipped(STEP, "nobody told a time to compare with") };
     let off = ahead_s.unsigned_abs();
@@ -305,14 +312,14 @@ fn tell_clock(ahead_s: Option<i64>, of: &str, report: &mut Report) {
 // ---- What KMS says ----
 
 /// The question to KMS.
-struct Asking<'a> {
+struct TestQuery<'a> {
     endpoint: &'a HostPort,
     id: &'a str,
     /// There is no such secret.
     made_up: bool,
 }
 
-impl Asking<'_> {
+impl TestQuery<'_> {
     /// Signed at `unix_s`, or now; without credentials not signed at all, for the sake of the way there.
     fn call(
         &self,
@@ -320,7 +327,7 @@ impl Asking<'_> {
         credentials: Option<&Rc<Credentials>>,
         unix_s: Option<i64>,
         random: &mut Random,
-    ) -> Outcome {
+    ) -> ProbeResult {
         let host = self.endpoint.authority(ENDPOINT_PORT);
         let mut write = |out: &mut Vec<u8>| {
             let Some(credentials) = credentials else {
@@ -335,7 +342,7 @@ impl Asking<'_> {
         prober.call(Service::Kms, self.endpoint, &mut write)
     }
 
-    fn tell_permission(&self, reply: Reply, who: &str, report: &mut Report) {
+    fn report_permission(&self, reply: Reply, name: &str, report: &mut Report) {
         const STEP: &str = "permission";
         let id = self.id;
         match reply {
@@ -347,7 +354,7 @@ impl Asking<'_> {
             Reply::Refused(error) => report.failed(STEP, format_args!("{error}. {}", self.advice(&error))),
             Reply::CredentialsRefused(error) => {
                 // Nobody renews these.
-                let advice = if who == environment::NAME {
+                let advice = if name == environment::NAME {
                     "; replace the access key in the environment and start the agent anew"
                 } else {
                     ""

@@ -6,14 +6,14 @@ use std::rc::Rc;
 
 /// Whom to ask.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Question {
+pub struct Peer {
     /// What sort of service.
     pub service: Service,
     /// Where.
     pub origin: Rc<HostPort>,
 }
 
-impl Question {
+impl Peer {
     /// The end of a request's head.
     pub(super) fn end_head(&self, out: &mut Vec<u8>) {
         let host = self.origin.authority(self.service.default_port());
