@@ -509,3 +509,339 @@ impl Flights {
         assert_eq!(self.queue.len() + self.calls.len(), placed, "no flight in queue or calls has landed");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::write::Persistence;
+    use crate::kms::format::Kv;
+    use crate::secret::Secret;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn at(ms: u64) -> Mono {
+        Mono::from_micros(1_000_000_000 + ms * 1000)
+    }
+
+    fn reader(client: u64) -> Reader {
+        let manner = ReplyStyle { head_only: false, kv: Kv::V1, persistence: Persistence::KeepAlive };
+        Reader { client: ClientId(client), manner, refresh_now: false }
+    }
+
+    fn refresher(client: u64) -> Reader {
+        Reader { refresh_now: true, ..reader(client) }
+    }
+
+    fn clients(readers: &[Reader]) -> Vec<u64> {
+        readers.iter().map(|reader| reader.client.0).collect()
+    }
+
+    fn failure() -> Rc<Failure> {
+        Rc::new(Failure::ours(Code::UpstreamUnreachable, "x"))
+    }
+
+    fn credentials() -> Rc<Credentials> {
+        Rc::new(Credentials {
+            access_key_id: "a".into(),
+            access_key_secret: Secret::from(&b"k"[..]),
+            security_token: None,
+            expires_unix_s: None,
+        })
+    }
+
+    fn db() -> KeyRef<'static> {
+        KeyRef::current("db")
+    }
+
+    /// Flights with one for `db`, begun at 0, for a refresh behind the scenes if `background`.
+    fn one(background: bool) -> (Flights, FlightId) {
+        let mut flights = Flights::default();
+        flights.take_due(at(0));
+        let id = flights.begin(db().to_owned(), background, at(0)).unwrap();
+        (flights, id)
+    }
+
+    fn join(flights: &mut Flights, reader: Reader, has_value: bool, ms: u64) {
+        flights.join(db(), reader, has_value, at(ms)).unwrap();
+        flights.check_invariants();
+    }
+
+    fn fail(flights: &mut Flights, id: FlightId, not_before: Mono) {
+        flights.get_mut(id).unwrap().on_failure(failure(), not_before);
+    }
+
+    #[test]
+    fn a_life_with_every_change_of_phase() {
+        let (mut flights, id) = one(false);
+        assert_eq!((flights.find(db()), flights.queued()), (Some(id), vec![id]));
+        join(&mut flights, reader(1), false, 0);
+
+        let call = flights.call_out(id, credentials(), false, at(10));
+        flights.check_invariants();
+        assert_eq!((flights.queued(), flights.calls(), flights.called(call)), (vec![], 1, Some(id)));
+
+        flights.queue_again(id, false, at(20));
+        flights.check_invariants();
+        assert_eq!((flights.queued(), flights.calls(), flights.called(call)), (vec![id], 0, None));
+        assert_eq!(flights.get(id).unwrap().began(), Some(at(0)), "the same try");
+
+        let second = flights.call_out(id, credentials(), false, at(30));
+        assert_ne!(second, call);
+        fail(&mut flights, id, at(0));
+        flights.pause(id, at(500), false, at(40));
+        flights.check_invariants();
+        assert_eq!((flights.queued(), flights.calls()), (vec![], 0));
+        assert_eq!(flights.get(id).unwrap().began(), None);
+
+        flights.on_time(id, false, at(499));
+        assert!(flights.queued().is_empty(), "the pause is not over");
+        flights.on_time(id, false, at(500));
+        flights.check_invariants();
+        assert_eq!(flights.queued(), [id]);
+        assert_eq!(flights.get(id).unwrap().began(), Some(at(500)), "another try");
+
+        flights.call_out(id, credentials(), false, at(500));
+        assert_eq!(clients(&flights.land(id, at(600)).unwrap().readers), [1]);
+        flights.check_invariants();
+        assert_eq!((flights.len(), flights.find(db()), flights.calls()), (0, None, 0));
+    }
+
+    #[test]
+    fn the_queue_keeps_its_order_but_for_those_that_go_again() {
+        let mut flights = Flights::default();
+        let mut begin = |id| flights.begin(KeyRef::current(id).to_owned(), false, at(0)).unwrap();
+        let (a, b, c) = (begin("a"), begin("b"), begin("c"));
+        assert_eq!(flights.queued(), [a, b, c]);
+        flights.move_to_front(c);
+        assert_eq!(flights.queued(), [c, a, b]);
+        flights.call_out(b, credentials(), false, at(0));
+        flights.queue_again(b, false, at(0));
+        assert_eq!(flights.queued(), [b, c, a]);
+        flights.join(KeyRef::current("a"), reader(1), false, at(0)).unwrap();
+        assert_eq!(flights.first_queued(|flight| !flight.readers.is_empty()), Some(a));
+        flights.call_out(a, credentials(), false, at(0));
+        flights.call_out(c, credentials(), false, at(0));
+        assert_eq!((flights.calls(), flights.background_calls()), (2, 1));
+        flights.check_invariants();
+    }
+
+    #[test]
+    fn readers_with_the_same_wish_share_a_fetch_of_the_last_second() {
+        for (ms, round) in [(999, [1, 2].as_slice()), (1000, &[1]), (5000, &[1])] {
+            let (mut flights, id) = one(false);
+            join(&mut flights, refresher(1), true, 0);
+            flights.call_out(id, credentials(), true, at(0));
+            join(&mut flights, refresher(2), true, ms);
+            assert_eq!(clients(&flights.get(id).unwrap().readers), round, "{ms}");
+        }
+        let (mut flights, id) = one(false);
+        join(&mut flights, reader(1), false, 0);
+        flights.call_out(id, credentials(), false, at(0));
+        join(&mut flights, reader(2), false, 5000);
+        assert_eq!(clients(&flights.get(id).unwrap().readers), [1, 2], "an ordinary reader takes any");
+        join(&mut flights, refresher(3), false, 5000);
+        assert_eq!(
+            clients(&flights.get(id).unwrap().readers),
+            [1, 2],
+            "an ordinary call began before its wish"
+        );
+    }
+
+    #[test]
+    fn the_next_round_is_another_flight_with_a_budget_of_its_own() {
+        let (mut flights, id) = one(false);
+        join(&mut flights, reader(1), true, 0);
+        flights.call_out(id, credentials(), true, at(0));
+        join(&mut flights, refresher(2), true, 100);
+        join(&mut flights, refresher(3), true, 200);
+        assert_eq!(clients(&flights.land(id, at(900)).unwrap().readers), [1]);
+        flights.check_invariants();
+        let next = flights.find(db()).unwrap();
+        assert_eq!(flights.queued(), [next]);
+        let flight = flights.get(next).unwrap();
+        assert_eq!(clients(&flight.readers), [2, 3]);
+        assert_eq!(flight.budget.unwrap().until, at(900).after(retry::READER_BUDGET));
+        flights.queue_due = Mono::NEVER;
+        assert_eq!(flights.take_due(at(1_000)), [next], "when the first reader's stale value was due");
+        flights.arm(next, true, at(900));
+        assert_eq!(flights.next_deadline(), at(900).after(retry::READER_BUDGET));
+    }
+
+    #[test]
+    fn all_who_wait_are_for_the_next_try() {
+        let (mut flights, id) = one(false);
+        join(&mut flights, reader(1), true, 0);
+        flights.call_out(id, credentials(), true, at(0));
+        join(&mut flights, refresher(2), true, 0);
+        let flight = flights.get_mut(id).unwrap();
+        assert_eq!(flight.on_failure(failure(), at(9)).count, 1);
+        assert_eq!(clients(&flight.take_patient_readers()), [1]);
+        assert_eq!(clients(&flight.readers), [2]);
+        let failures = flight.on_failure(failure(), at(5));
+        assert_eq!((failures.count, failures.not_before), (2, at(9)), "the longer pause stays");
+        assert_eq!(flight.on_failure(failure(), at(10)).not_before, at(10));
+        assert!(flight.budget.is_some());
+        assert_eq!(clients(&flight.take_all_readers()), [2]);
+        assert!(flight.budget.is_none() && flight.readers.is_empty());
+    }
+
+    #[test]
+    fn who_leaves_is_forgotten_in_both_rounds() {
+        let (mut flights, id) = one(false);
+        join(&mut flights, reader(1), true, 0);
+        join(&mut flights, reader(2), true, 0);
+        flights.call_out(id, credentials(), true, at(0));
+        join(&mut flights, refresher(3), true, 0);
+        join(&mut flights, refresher(4), true, 0);
+        flights.left(ClientId(1));
+        flights.left(ClientId(4));
+        flights.left(ClientId(9));
+        assert_eq!(clients(&flights.clear()), [2, 3]);
+        flights.check_invariants();
+        assert_eq!((flights.len(), flights.queued().len(), flights.calls()), (0, 0, 0));
+        assert_eq!(flights.find(db()), None);
+    }
+
+    #[test]
+    fn a_reader_who_joins_a_pause() {
+        // Behind the scenes it ends at once, but not before KMS allows it.
+        for (not_before, until) in [(0, 100), (100, 100), (300, 300), (8_099, 8_099)] {
+            let (mut flights, id) = one(true);
+            fail(&mut flights, id, at(not_before));
+            flights.pause(id, at(9_000), true, at(0));
+            join(&mut flights, refresher(1), true, 100);
+            flights.on_time(id, true, at(until - 1));
+            assert!(flights.queued().is_empty(), "{not_before}");
+            flights.on_time(id, true, at(until));
+            assert_eq!(flights.queued(), [id], "{not_before}");
+        }
+        // It is never longer than it was.
+        let (mut flights, id) = one(true);
+        fail(&mut flights, id, at(0));
+        flights.pause(id, at(50), true, at(0));
+        join(&mut flights, refresher(1), true, 100);
+        flights.on_time(id, true, at(50));
+        assert_eq!(flights.queued(), [id]);
+        // Where others wait already it is theirs, too.
+        let (mut flights, id) = one(false);
+        join(&mut flights, reader(1), false, 0);
+        fail(&mut flights, id, at(0));
+        flights.pause(id, at(400), false, at(0));
+        join(&mut flights, reader(2), false, 100);
+        flights.on_time(id, false, at(399));
+        assert!(flights.queued().is_empty());
+    }
+
+    #[test]
+    fn a_pause_longer_than_patience_is_told_at_once() {
+        let (mut flights, id) = one(true);
+        fail(&mut flights, id, at(8_100));
+        flights.pause(id, at(8_100), false, at(0));
+        assert_eq!(flights.join(db(), reader(1), false, at(100)).unwrap_err(), failure());
+        flights.check_invariants();
+        let flight = flights.get(id).unwrap();
+        assert!(flight.readers.is_empty() && flight.budget.is_none());
+        flights.join(db(), reader(2), true, at(100)).unwrap();
+        assert!(flights.get(id).unwrap().budget.is_none(), "a value to fall back on: it may wait");
+    }
+
+    #[test]
+    fn a_flight_goes_on_only_with_a_purpose() {
+        let pointless = |background: bool, has_value: bool, not_before: u64, reader: Option<Reader>| {
+            let (mut flights, id) = one(background);
+            flights.call_out(id, credentials(), has_value, at(0));
+            assert!(!flights.is_pointless(id, false, at(99_000)), "nothing has failed");
+            fail(&mut flights, id, at(not_before));
+            if let Some(reader) = reader {
+                join(&mut flights, reader, has_value, 0);
+            }
+            flights.is_pointless(id, has_value, at(1_000))
+        };
+        assert!(pointless(false, false, 0, None));
+        assert!(pointless(false, true, 0, None), "nobody wants the value renewed");
+        assert!(pointless(true, false, 0, None), "there is none any more");
+        assert!(!pointless(true, true, 0, None), "to renew the value");
+        assert!(!pointless(false, false, 0, Some(reader(1))), "for the reader");
+        assert!(!pointless(false, false, 0, Some(refresher(1))), "for the reader of the next round");
+        assert!(pointless(false, false, 1_000, None));
+        assert!(!pointless(false, false, 1_001, None), "to remember that KMS wants a pause");
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_and_half_of_it_for_memories() {
+        let mut flights = Flights::default();
+        let begin = |flights: &mut Flights, n: usize| {
+            flights.begin(KeyRef::current(&n.to_string()).to_owned(), false, at(0))
+        };
+        let first = begin(&mut flights, 0).unwrap();
+        fail(&mut flights, first, at(9_000));
+        for n in 1..FLIGHTS_MAX / 2 {
+            begin(&mut flights, n).unwrap();
+        }
+        assert!(!flights.is_pointless(first, false, at(0)));
+        for n in FLIGHTS_MAX / 2..FLIGHTS_MAX {
+            begin(&mut flights, n).unwrap();
+            assert!(flights.is_pointless(first, false, at(0)), "{n}");
+        }
+        assert_eq!(begin(&mut flights, FLIGHTS_MAX), None);
+        let told = flights.join(db(), reader(1), false, at(0)).unwrap_err();
+        let why = "too many secrets are being fetched at once";
+        assert_eq!(*told, Failure::ours(Code::UpstreamUnreachable, why));
+        flights.join(KeyRef::current("7"), reader(1), false, at(0)).unwrap();
+        flights.check_invariants();
+    }
+
+    #[test]
+    fn it_is_looked_at_when_a_reader_has_waited_long_enough() {
+        let deadline = |has_value, joins: &[(Reader, u64)]| {
+            let (mut flights, id) = one(true);
+            for (reader, ms) in joins {
+                join(&mut flights, *reader, has_value, *ms);
+            }
+            flights.call_out(id, credentials(), has_value, at(300));
+            flights.queue_due = Mono::NEVER;
+            flights.next_deadline()
+        };
+        assert_eq!(deadline(true, &[]), Mono::NEVER);
+        assert_eq!(deadline(true, &[(reader(1), 100), (reader(2), 200)]), at(100).after(SECOND));
+        assert_eq!(deadline(true, &[(refresher(1), 100)]), at(100).after(SECOND * 8));
+        assert_eq!(deadline(false, &[(reader(1), 100), (reader(2), 200)]), at(100).after(SECOND * 8));
+
+        let (mut flights, id) = one(true);
+        flights.queue_due = Mono::NEVER;
+        fail(&mut flights, id, at(0));
+        flights.pause(id, at(700), true, at(0));
+        assert_eq!(flights.next_deadline(), at(700));
+        assert!(flights.take_due(at(699)).is_empty());
+        assert_eq!(flights.take_due(at(700)), [id]);
+        assert_eq!(flights.next_deadline(), Mono::NEVER, "until it is armed again");
+        flights.on_time(id, true, at(700));
+        flights.queue_due = at(800);
+        assert_eq!(flights.next_deadline(), at(800));
+    }
+
+    #[test]
+    fn a_try_without_readers_begins_with_its_call_and_one_with_readers_with_them() {
+        let (mut flights, id) = one(true);
+        flights.call_out(id, credentials(), true, at(300));
+        assert_eq!(flights.get(id).unwrap().began(), Some(at(300)));
+
+        let (mut flights, id) = one(true);
+        join(&mut flights, reader(1), true, 100);
+        join(&mut flights, reader(2), true, 200);
+        flights.call_out(id, credentials(), true, at(300));
+        assert_eq!(flights.get(id).unwrap().began(), Some(at(100)));
+    }
+
+    #[test]
+    fn readers_whose_value_is_gone_have_waited_since_the_try_began() {
+        let (mut flights, id) = one(false);
+        join(&mut flights, reader(1), true, 100);
+        assert!(flights.get(id).unwrap().budget.is_none());
+        flights.arm(id, false, at(900));
+        let budget = flights.get(id).unwrap().budget.unwrap();
+        assert_eq!((budget.until, budget.tries_left), (at(100).after(SECOND * 8), retry::TRIES_MAX));
+        flights.arm(id, false, at(950));
+        assert_eq!(flights.get(id).unwrap().budget.unwrap().until, budget.until, "once");
+    }
+}

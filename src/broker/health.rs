@@ -149,3 +149,110 @@ fn log_call(warning: Option<LeftOut>, flight: &Flight, what: &dyn Display, now: 
     let left_out = warning.unwrap_or(LeftOut(0));
     log::log!(level, "KMS GetSecretValue \"{id}\" {version}: {what} ({took_ms} ms){left_out}");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::flights::Flights;
+    use super::*;
+    use crate::config::{Config, HostPort};
+    use crate::kms::reply::{KmsError, Value};
+    use crate::random::Random;
+    use std::time::Duration;
+    use zeroize::Zeroizing;
+
+    const NOW: Mono = Mono::from_micros(1_000_000);
+
+    fn error() -> KmsError {
+        KmsError { status: 418, code: "Teapot".into(), message: "of db".into(), request_id: "r".into() }
+    }
+
+    /// What a call that came to this counts as, and the last errors of KMS and of the credentials.
+    fn after(
+        note: impl FnOnce(&mut Health, &Flight) -> CallResult,
+    ) -> (CallResult, [(Option<bool>, String); 2]) {
+        let (mut health, mut flights) = (Health::new(), Flights::default());
+        let id = flights.begin(KeyRef::current("db").to_owned(), true, NOW).unwrap();
+        let result = note(&mut health, flights.get(id).unwrap());
+        let seen = |it: Condition| (it.state.map(|(ok, _)| ok), it.last_error.unwrap_or_default());
+        (result, [health.kms, health.credentials].map(seen))
+    }
+
+    #[test]
+    fn what_replies_say_of_kms_and_of_the_credentials() {
+        let well = || (Some(true), String::new());
+        let unknown = || (None, String::new());
+        let failing = || (Some(false), "KMS answered 418 Teapot".to_owned());
+        let value = Value { body: Zeroizing::new(Vec::new()), next_rotation_unix_s: None };
+        for (reply, result, kms, credentials) in [
+            (Reply::Value(value), CallResult::Ok, well(), well()),
+            (Reply::Refused(error()), CallResult::Refused, well(), well()),
+            (
+                Reply::Transient { error: error(), retry_after_s: None },
+                CallResult::Failed,
+                failing(),
+                unknown(),
+            ),
+            (
+                Reply::Throttled { error: error(), retry_after_s: None },
+                CallResult::Throttled,
+                failing(),
+                unknown(),
+            ),
+            (
+                Reply::ClockSkew { error: error(), server_unix_s: None },
+                CallResult::ClockSkew,
+                failing(),
+                unknown(),
+            ),
+            (Reply::CredentialsRefused(error()), CallResult::CredentialsRefused, unknown(), failing()),
+            (Reply::SignatureRefused(error()), CallResult::SignatureRefused, unknown(), failing()),
+            (Reply::Invalid("x".into()), CallResult::Invalid, (Some(false), "x".into()), unknown()),
+        ] {
+            let got = after(|health, flight| health.on_reply(flight, &reply, NOW));
+            assert_eq!(got, (result, [kms, credentials]), "{reply:?}");
+        }
+    }
+
+    #[test]
+    fn what_calls_without_a_reply_count_as() {
+        let origin = HostPort { host: "kms.test".into(), port: 443 };
+        for (error, result) in [
+            (CallError::timeout("connect", &origin, Duration::from_secs(2)), CallResult::Timeout),
+            (CallError::unreachable("connect", &origin, "refused"), CallResult::Unreachable),
+            (CallError::invalid(&origin, "cut off"), CallResult::Invalid),
+        ] {
+            let (got, [kms, credentials]) = after(|health, flight| health.on_call_error(flight, &error, NOW));
+            assert_eq!((got, kms), (result, (Some(false), error.message)));
+            assert_eq!(credentials.0, None);
+        }
+    }
+
+    #[test]
+    fn what_kms_refuses_hides_nothing_of_what_goes_wrong() {
+        let (mut health, mut flights) = (Health::new(), Flights::default());
+        let id = flights.begin(KeyRef::current("db").to_owned(), true, NOW).unwrap();
+        for _ in 0..30 {
+            health.on_reply(flights.get(id).unwrap(), &Reply::Refused(error()), NOW);
+        }
+        assert_eq!(health.refusals.admit(NOW), None, "at most 20 at once");
+        assert_eq!(health.failures.admit(NOW), Some(LeftOut(0)));
+        for _ in 0..30 {
+            health.on_reply(flights.get(id).unwrap(), &Reply::Invalid(String::new()), NOW);
+        }
+        assert_eq!(health.failures.admit(NOW), None);
+    }
+
+    #[test]
+    fn a_failed_fetch_is_a_failure_where_there_are_no_credentials() {
+        let mut kms = Config::default().kms;
+        kms.role_name = Some("app".into());
+        let identity = Identity::from_config(&kms, &|_| None, Random::from_seed(7)).unwrap();
+        assert!(!identity.is_ready(NOW));
+        let (mut health, failed) = (Health::new(), || Err(IdentityError::Everyone(Vec::new())));
+        health.on_credentials(Ok(()), &identity, NOW);
+        assert!(health.credentials.is_well() && health.credentials.last_error.is_none());
+        health.on_credentials(failed(), &identity, NOW);
+        assert!(!health.credentials.is_well(), "none are left");
+        assert!(health.credentials.last_error.is_some());
+    }
+}

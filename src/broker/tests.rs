@@ -5,6 +5,7 @@ use crate::call::{CallError, Service};
 use crate::config::HostPort;
 use crate::http::request::{Parsed, header_room, parse};
 use crate::http::response::{Response, ResponseParser};
+use crate::identity::IdentityError;
 
 const CREDENTIALS: &str = r#"{"Code":"Success","AccessKeyId":"STS.a","AccessKeySecret":"k","SecurityToken":"t",
     "Expiration":"2100-01-01T00:00:00Z"}"#;
@@ -738,4 +739,14 @@ fn three_dead_secrets_do_not_break_a_healthy_one() {
     }
     assert_eq!(rig.take_answers(), ["200 MISS 0 one"]);
     assert!(!rig.broker.circuit.is_open());
+}
+
+#[test]
+fn a_failed_renewal_is_noted_and_no_failure_while_there_are_credentials() {
+    let mut rig = Rig::new();
+    rig.cached("db");
+    let Broker { health, access, .. } = &mut rig.broker;
+    assert_eq!(health.credentials_expire_unix_s, Some(4_102_444_800), "2100-01-01");
+    health.on_credentials(Err(IdentityError::Everyone(Vec::new())), &access.identity, rig.now.mono);
+    assert!(health.credentials.is_well() && health.credentials.last_error.is_some());
 }

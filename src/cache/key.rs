@@ -90,6 +90,7 @@ impl Key {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::hash::{Hash, Hasher};
 
     #[test]
     fn equal_questions_have_equal_keys() {
@@ -102,5 +103,42 @@ mod tests {
             let key = KeyRef::new("db", id, stage);
             assert_eq!(key.to_owned().as_ref(), key);
         }
+    }
+
+    /// Collects what is hashed.
+    #[derive(Default)]
+    struct Hashed(Vec<u8>);
+
+    impl Hasher for Hashed {
+        fn write(&mut self, bytes: &[u8]) {
+            self.0.extend_from_slice(bytes);
+        }
+
+        fn finish(&self) -> u64 {
+            0
+        }
+    }
+
+    #[test]
+    fn the_hash_leaves_out_what_is_usual_and_nothing_else() {
+        for (version_id, stage, expected) in [
+            (None, None, "db"),
+            (None, Some("ACSCurrent"), "db"),
+            (None, Some("ACSPrevious"), "dbACSPrevious"),
+            (Some("v1"), None, "dbv1"),
+            (Some("v1"), Some("ACSPrevious"), "dbv1ACSPrevious"),
+        ] {
+            let key = KeyRef::new("db", version_id, stage);
+            let mut hashed = [Hashed::default(), Hashed::default()];
+            key.hash(&mut hashed[0]);
+            key.to_owned().hash(&mut hashed[1]);
+            assert_eq!(hashed.map(|it| String::from_utf8(it.0).unwrap()), [expected, expected]);
+        }
+    }
+
+    #[test]
+    fn the_usual_stage_takes_no_memory() {
+        assert_eq!(KeyRef::current("db").to_owned().text_bytes(), 2);
+        assert_eq!(KeyRef::new("db", Some("v1"), Some("ACSCurrent")).to_owned().text_bytes(), 14);
     }
 }

@@ -360,6 +360,8 @@ mod tests {
         });
         cache.refuse(db().to_owned(), Rc::clone(&error), REFUSAL_LIFE, at(1).mono);
         cache.check_invariants();
+        assert!(cache.is_refused(db(), at(5).mono) && !cache.is_refused(db(), at(6).mono));
+        assert!(!cache.is_refused(KeyRef::current("other"), at(5).mono));
         assert_eq!((see(&mut cache, 5), see(&mut cache, 6)), ("refused", "absent"));
         cache.refuse(db().to_owned(), error, REFUSAL_LIFE, at(10).mono);
         put(&mut cache, None, 11);
@@ -371,5 +373,37 @@ mod tests {
         let mut cache = Cache::new(10, 1000, Lives { ttl: Duration::ZERO, max_stale: TTL });
         put(&mut cache, None, 0);
         assert_eq!(see(&mut cache, 0), "absent");
+    }
+
+    #[test]
+    fn refreshes_are_spread_over_a_tenth_of_the_life() {
+        let cache = |jitter| {
+            let mut cache = Cache::new(10, 1000, Lives { ttl: TTL, max_stale: TTL });
+            if let Some(per_mille) = jitter {
+                cache.set_refresh_jitter(per_mille);
+            }
+            cache
+        };
+        let body = Rc::new(Zeroizing::new(b"{}".to_vec()));
+        let refreshes = |jitter, random: &mut Random| -> Vec<u64> {
+            let mut cache = cache(jitter);
+            let times = (0..1000).map(|_| {
+                cache.insert(db().to_owned(), Rc::clone(&body), None, at(0), random);
+                cache.values.peek(db()).unwrap().refresh_at.as_micros() / 100_000
+            });
+            times.collect()
+        };
+        let mut random = Random::from_seed(1);
+        let times = refreshes(None, &mut random);
+        assert_eq!((times.iter().min(), times.iter().max()), (Some(&700), Some(&800)));
+        let times = refreshes(Some(10), &mut random);
+        assert_eq!((times.iter().min(), times.iter().max()), (Some(&700), Some(&710)));
+    }
+
+    #[test]
+    fn it_knows_its_size_and_limits() {
+        let mut cache = cache(50);
+        put(&mut cache, None, 0);
+        assert_eq!((cache.size(), cache.size_max()), ((1, 2), (10, 1000)));
     }
 }
