@@ -103,7 +103,7 @@ impl Broker {
                 CredentialState::Failed { error, retry_at } => {
                     self.health.credentials.fails(error, now);
                     let failure = Failure::no_credentials(error, retry_at.since(now));
-                    self.on_try_failed(id, TryFailure::lasting(failure), now);
+                    self.on_try_failed(id, Rc::new(failure), None, now);
                 }
             }
         }
@@ -138,7 +138,7 @@ impl Broker {
     fn start(&mut self, id: FlightId, credentials: Rc<Credentials>, now: Mono) {
         let Some(origin) = self.access.endpoint() else {
             let failure = Failure::no_credentials(&"the region is not known yet", Duration::from_secs(1));
-            return self.on_try_failed(id, TryFailure::lasting(failure), now);
+            return self.on_try_failed(id, Rc::new(failure), None, now);
         };
         let has_value = self.has_value(id, now);
         let budget = self.flights.get(id).and_then(|flight| flight.budget).filter(|_| !has_value);
@@ -196,7 +196,8 @@ impl Broker {
             Ok(response) => reply::parse(flight.key().id, response, self.access.on_kms_clock(now).unix_s),
             Err(error) => {
                 self.metrics.count_call(self.health.on_call_error(flight, &error, now.mono), took);
-                return self.on_down(id, TryFailure::from_call(error, now.mono), now.mono);
+                let reached = error.reached;
+                return self.on_down(id, Failure::from_call(error), reached, now.mono, now.mono);
             }
         };
         self.metrics.count_call(self.health.on_reply(flight, &reply, now.mono), took);
@@ -210,12 +211,11 @@ impl Broker {
             Reply::Value(value) => self.on_value(id, value, now),
             Reply::Refused(error) => self.on_refused(id, error, now.mono),
             Reply::Transient { error, retry_after_s } => {
-                self.on_down(id, TryFailure::from_kms(&error, retry_after_s, now.mono), now.mono);
+                let retry_from = now.mono.after(retry::retry_after(retry_after_s));
+                self.on_down(id, Failure::from_kms(&error), true, retry_from, now.mono);
             }
             Reply::Throttled { error, retry_after_s } => {
-                let failure = TryFailure::from_kms(&error, retry_after_s, now.mono);
-                self.throttle.on_throttled(failure.not_before, now.mono, &mut self.random);
-                self.on_try_failed(id, failure, now.mono);
+                self.on_throttled(id, &error, retry_after_s, now.mono);
             }
             Reply::CredentialsRefused(error) => self.on_credentials_refused(id, error, now.mono),
             Reply::ClockSkew { error, server_unix_s } => self.on_clock_skew(id, &error, server_unix_s, now),
@@ -223,7 +223,8 @@ impl Broker {
             Reply::Invalid(what) => {
                 self.on_try_failed(
                     id,
-                    TryFailure::lasting(Failure::ours(Code::UpstreamInvalidResponse, what)),
+                    Rc::new(Failure::ours(Code::UpstreamInvalidResponse, what)),
+                    None,
                     now.mono,
                 );
             }
@@ -252,6 +253,12 @@ impl Broker {
         queue_failure(&mut self.outputs, flight.readers, &failure);
     }
 
+    fn on_throttled(&mut self, id: FlightId, error: &KmsError, retry_after_s: Option<u32>, now: Mono) {
+        let retry_from = now.after(retry::retry_after(retry_after_s));
+        self.throttle.on_throttled(retry_from, now, &mut self.random);
+        self.on_try_failed(id, Rc::new(Failure::from_kms(error)), Some(retry_from), now);
+    }
+
     fn on_credentials_refused(&mut self, id: FlightId, error: KmsError, now: Mono) {
         let Some(flight) = self.flights.get_mut(id) else { return };
         let Phase::Calling { credentials, .. } = flight.phase() else { return };
@@ -265,7 +272,7 @@ impl Broker {
     fn on_clock_skew(&mut self, id: FlightId, error: &KmsError, server_unix_s: Option<i64>, now: Now) {
         let Some(flight) = self.flights.get_mut(id) else { return };
         let Some(theirs_unix_s) = server_unix_s.filter(|_| !flight.clock_corrected) else {
-            return self.on_try_failed(id, TryFailure::lasting(Failure::from_kms(error)), now.mono);
+            return self.on_try_failed(id, Rc::new(Failure::from_kms(error)), None, now.mono);
         };
         self.access.correct_clock(theirs_unix_s, now);
         flight.clock_corrected = true;
@@ -278,23 +285,22 @@ impl Broker {
     }
 
     /// A failure that says KMS itself is down: the circuit counts it, and those that queued behind the probe of
-    /// an open circuit share its outcome.
-    fn on_down(&mut self, id: FlightId, failure: TryFailure, now: Mono) {
+    /// an open circuit share its outcome. `reached`: it may be this secret's own.
+    fn on_down(&mut self, id: FlightId, failure: Failure, reached: bool, retry_from: Mono, now: Mono) {
         let Some(flight) = self.flights.get(id) else { return };
         if self.circuit.on_failure(flight.key(), now, &mut self.random) {
             log::warn!("KMS is down: one probe at a time from now on");
         }
-        let shared = TryFailure { not_before: now, ..failure.clone() };
-        self.on_try_failed(id, failure, now);
+        let failure = Rc::new(failure);
+        self.on_try_failed(id, Rc::clone(&failure), Some(retry_from), now);
         if !self.circuit.is_open() {
             return;
         }
         for id in self.flights.queued() {
-            if !shared.reached {
-                self.on_try_failed(id, shared.clone(), now);
+            if !reached {
+                self.on_try_failed(id, Rc::clone(&failure), Some(now), now);
             } else if let Some(flight) = self.flights.get_mut(id) {
-                // It may be that secret's own trouble: those in the queue have their turn. Readers who have a
-                // stale value need not wait for it.
+                // Those in the queue have their turn. Readers who have a stale value need not wait for it.
                 let has_value = answer_from_cache(flight, &self.cache, &mut self.outputs, now);
                 self.flights.arm(id, has_value, now);
             }
@@ -306,19 +312,19 @@ impl Broker {
     fn on_unwelcome(&mut self, id: FlightId, error: KmsError, now: Mono) {
         let Some(flight) = self.flights.get(id) else { return };
         let key = flight.key();
-        let failure = TryFailure::lasting(Failure::from_kms(&error));
+        let failure = Rc::new(Failure::from_kms(&error));
         if self.cache.servable(key, now).is_none() && !self.cache.is_refused(key, now) {
             self.cache.refuse(key.to_owned(), Rc::new(error), UNWELCOME_LIFE, now);
         }
-        self.on_try_failed(id, failure, now);
+        self.on_try_failed(id, failure, None, now);
     }
 
-    /// A try failed: readers who have a fall-back get it, the others get another try or the error.
-    fn on_try_failed(&mut self, id: FlightId, failure: TryFailure, now: Mono) {
-        let TryFailure { failure, retryable, not_before, .. } = failure;
+    /// A try failed: readers who have a fall-back get it, the others get another try or the error. `retry_from` is
+    /// when another try may do better; `None`: it would not for those who wait.
+    fn on_try_failed(&mut self, id: FlightId, failure: Rc<Failure>, retry_from: Option<Mono>, now: Mono) {
         let Some(flight) = self.flights.get_mut(id) else { return };
         self.refreshes.remember(flight, Err(Rc::clone(&failure)));
-        let failures = flight.on_failure(Rc::clone(&failure), not_before);
+        let failures = flight.on_failure(Rc::clone(&failure), retry_from.unwrap_or_default());
         let pause = retry::backoff(failures.count, retry::BACKOFF_CAP, &mut self.random);
         let not_before = failures.not_before;
         let has_value = answer_from_cache(flight, &self.cache, &mut self.outputs, now);
@@ -326,7 +332,7 @@ impl Broker {
             let until = now.after(pause.min(retry::BACKOFF_BASE * 2)).max(not_before);
             let budget = flight.budget_of_readers(now);
             budget.tries_left = budget.tries_left.saturating_sub(1);
-            if retryable && budget.tries_left > 0 && until < budget.until {
+            if retry_from.is_some() && budget.tries_left > 0 && until < budget.until {
                 return self.flights.pause(id, until, has_value, now);
             }
             queue_failure(&mut self.outputs, flight.take_all_readers(), &failure);
@@ -404,35 +410,4 @@ fn no_reply(flight: &Flight, identity: &Identity, now: Mono) -> Failure {
         return Failure::no_credentials(&why, Duration::ZERO);
     }
     Failure::ours(Code::UpstreamTimeout, format!("KMS gave no reply within {seconds} s in all"))
-}
-
-/// How a try failed.
-#[derive(Clone, Debug)]
-struct TryFailure {
-    failure: Rc<Failure>,
-    /// Whether another try may do better.
-    retryable: bool,
-    /// No try before this.
-    not_before: Mono,
-    /// KMS had been reached: the failure may be this secret's own.
-    reached: bool,
-}
-
-impl TryFailure {
-    fn lasting(failure: Failure) -> TryFailure {
-        TryFailure { failure: Rc::new(failure), retryable: false, not_before: Mono::default(), reached: true }
-    }
-
-    /// KMS fails or throttles, and may ask for a pause.
-    fn from_kms(error: &KmsError, retry_after_s: Option<u32>, now: Mono) -> TryFailure {
-        let not_before = now.after(retry::retry_after(retry_after_s));
-        TryFailure { retryable: true, not_before, ..TryFailure::lasting(Failure::from_kms(error)) }
-    }
-
-    /// The call brought no reply.
-    fn from_call(error: CallError, now: Mono) -> TryFailure {
-        let reached = error.reached;
-        let failure = TryFailure::lasting(Failure::from_call(error));
-        TryFailure { retryable: true, not_before: now, reached, ..failure }
-    }
 }
