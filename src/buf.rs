@@ -12,8 +12,8 @@ const ALLOC_BYTES_MIN: usize = 512;
 
 /// A queue of bytes: written at the end, consumed at the front, never longer than its maximum.
 ///
-/// Holds no memory until written to and after [`Buf::release`]. It is wiped when it moves to a larger
-/// allocation, when released and on drop. Consumed bytes are wiped at the latest then.
+/// Holds no memory until written to. It is wiped when it moves to a larger allocation and on drop; consumed bytes are
+/// wiped at the latest then.
 pub struct Buf {
     /// The allocation, all of it initialised: no byte of it escapes the wipe.
     bytes: Zeroizing<Box<[u8]>>,
@@ -26,7 +26,7 @@ pub struct Buf {
 
 /// The bytes do not fit; none of them was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full;
+pub(crate) struct Full;
 
 impl fmt::Display for Full {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -38,8 +38,7 @@ impl std::error::Error for Full {}
 
 impl Buf {
     /// An empty buffer that will hold at most `bytes_max` bytes. Allocates nothing.
-    #[must_use]
-    pub fn with_max(bytes_max: usize) -> Buf {
+    pub(crate) fn with_max(bytes_max: usize) -> Buf {
         Buf { bytes: Zeroizing::default(), start: 0, end: 0, bytes_max }
     }
 
@@ -50,7 +49,7 @@ impl Buf {
     ///
     /// # Errors
     /// [`Full`] if the buffer would hold more than its maximum.
-    pub fn extend(&mut self, more: &[u8]) -> Result<(), Full> {
+    pub(crate) fn extend(&mut self, more: &[u8]) -> Result<(), Full> {
         let len = self.len().checked_add(more.len()).ok_or(Full)?;
         if len > self.bytes_max {
             return Err(Full);
@@ -69,7 +68,7 @@ impl Buf {
 
     /// Drops the first `count` bytes held. A `count` over the length is the caller's mistake: caught in debug
     /// builds, taken for all of them otherwise.
-    pub fn consume(&mut self, count: usize) {
+    pub(crate) fn consume(&mut self, count: usize) {
         debug_assert!(count <= self.len(), "consumed {count} of {} bytes", self.len());
         self.start += count.min(self.len());
         if self.start == self.end {
@@ -79,38 +78,28 @@ impl Buf {
     }
 
     /// The bytes held, oldest first.
-    #[must_use]
-    pub fn as_slice(&self) -> &[u8] {
+    pub(crate) fn as_slice(&self) -> &[u8] {
         &self.bytes[self.start..self.end]
     }
 
     /// How many bytes are held.
-    #[must_use]
-    pub const fn len(&self) -> usize {
+    pub(crate) const fn len(&self) -> usize {
         self.end - self.start
     }
 
     /// Whether no byte is held.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
+    pub(crate) const fn is_empty(&self) -> bool {
         self.start == self.end
     }
 
     /// How many more bytes [`Buf::extend`] will take.
-    #[must_use]
-    pub const fn room(&self) -> usize {
+    pub(crate) const fn room(&self) -> usize {
         self.bytes_max - self.len()
     }
 
     /// Size of the allocation in bytes: what the buffer costs.
-    #[must_use]
-    pub fn allocated(&self) -> usize {
+    pub(crate) fn allocated(&self) -> usize {
         self.bytes.len()
-    }
-
-    /// Drops all bytes, wipes the memory and gives it back. The buffer stays usable.
-    pub fn release(&mut self) {
-        *self = Buf::with_max(self.bytes_max);
     }
 
     /// Moves to an allocation of at least `len` bytes. The old one is wiped as it is dropped; a `Vec`
@@ -127,7 +116,6 @@ impl Buf {
 }
 
 impl fmt::Debug for Buf {
-    /// Sizes only.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Buf").field("len", &self.len()).field("max", &self.bytes_max).finish_non_exhaustive()
     }
@@ -138,17 +126,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn holds_no_memory_until_written_and_after_release() {
+    fn holds_no_memory_until_written() {
         let mut buf = Buf::with_max(4096);
         assert_eq!(buf.allocated(), 0);
         assert_eq!(buf.extend(b""), Ok(()));
         assert_eq!(buf.allocated(), 0);
         assert_eq!(buf.extend(b"abc"), Ok(()));
         assert!(buf.allocated() >= 3);
-        buf.release();
-        assert_eq!((buf.allocated(), buf.len(), buf.as_slice()), (0, 0, &b""[..]));
-        assert_eq!(buf.extend(b"d"), Ok(()));
-        assert_eq!(buf.as_slice(), b"d");
     }
 
     #[test]

@@ -22,8 +22,7 @@ macro_rules! codes {
             }
 
             /// The HTTP status that goes with it.
-            #[must_use]
-            pub const fn status(self) -> u16 {
+            pub(crate) const fn status(self) -> u16 {
                 match self { $(Code::$code => $status,)* }
             }
 

@@ -8,7 +8,7 @@ use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
 /// `Content-Type` of [`Metrics::render`]'s text.
-pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The family of the latency histogram.
 const DURATIONS: &str = "upstream_call_duration_seconds";
@@ -32,15 +32,14 @@ macro_rules! labelled {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $label:expr,)* }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($(#[$variant_doc])* $variant,)* }
+        pub(crate) enum $name { $($(#[$variant_doc])* $variant,)* }
 
         impl $name {
             /// All of them, in their order.
-            pub const ALL: &[$name] = &[$($name::$variant,)*];
+            pub(crate) const ALL: &[$name] = &[$($name::$variant,)*];
 
             /// The value of its label `result`.
-            #[must_use]
-            pub const fn label(self) -> &'static str {
+            pub(crate) const fn label(self) -> &'static str {
                 match self { $($name::$variant => $label,)* }
             }
         }
@@ -50,33 +49,24 @@ macro_rules! labelled {
 labelled! {
     /// What became of a request, but for failures that originate in the agent: those have a [`Code`].
     Outcome {
-        /// `X-Cache: HIT`.
         Hit = "hit",
-        /// `X-Cache: MISS`.
         Miss = "miss",
-        /// `X-Cache: REFRESH`.
         Refresh = "refresh",
-        /// `X-Cache: STALE`.
         Stale = "stale",
         /// KMS's own error, a 4xx but 429.
         KmsRefused = "kms_refused",
-        /// KMS's own 429.
         KmsThrottled = "kms_throttled",
         /// KMS's own error, a 5xx.
         KmsFailed = "kms_failed",
-        /// `/ping`.
         Ping = "ok",
-        /// `/metrics`.
         Metrics = "ok",
-        /// `/status`.
         Status = "ok",
     }
 }
 
 impl Outcome {
     /// The outcome of a failure that KMS tells.
-    #[must_use]
-    pub const fn of_kms_status(status: u16) -> Outcome {
+    pub(crate) const fn of_kms_status(status: u16) -> Outcome {
         match status {
             429 => Outcome::KmsThrottled,
             500.. => Outcome::KmsFailed,
@@ -84,7 +74,6 @@ impl Outcome {
         }
     }
 
-    /// Who answered.
     const fn route(self) -> &'static str {
         match self {
             Outcome::Ping => "ping",
@@ -98,13 +87,11 @@ impl Outcome {
 labelled! {
     /// What the cache had for a reader.
     CacheResult {
-        /// A fresh value.
         Hit = "hit",
         /// A value past its TTL.
         Expired = "expired",
         /// A refusal that is remembered.
         Refused = "refused",
-        /// Nothing.
         Miss = "miss",
         /// Was not asked: `refreshNow`.
         Bypass = "bypass",
@@ -114,7 +101,6 @@ labelled! {
 labelled! {
     /// What a call to KMS came to.
     CallResult {
-        /// A secret.
         Ok = "ok",
         /// A definite refusal of this secret.
         Refused = "refused",
@@ -132,7 +118,6 @@ labelled! {
         Invalid = "invalid",
         /// No reply in time.
         Timeout = "timeout",
-        /// No connection.
         Unreachable = "unreachable",
     }
 }
@@ -148,72 +133,64 @@ pub struct Metrics {
     call_durations: [u64; BUCKETS.len() + 1],
     call_duration_sum_us: u64,
     /// Refreshes begun behind the scenes.
-    pub refreshes: u64,
+    pub(crate) refreshes: u64,
     /// Fetches of credentials that brought some, and that did not.
-    pub credential_fetches: Fetches,
-    /// Clients' connections.
-    pub connections: Connections,
+    pub(crate) credential_fetches: Fetches,
+    pub(crate) connections: Connections,
 }
 
-/// How fetches ended.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Fetches {
-    /// Well.
-    pub ok: u64,
-    /// Badly.
-    pub failed: u64,
+pub(crate) struct Fetches {
+    pub(crate) ok: u64,
+    pub(crate) failed: u64,
 }
 
-/// Clients' connections.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Connections {
-    /// Open now.
-    pub open: usize,
-    /// Accepted.
-    pub accepted: u64,
+pub(crate) struct Connections {
+    pub(crate) open: usize,
+    pub(crate) accepted: u64,
     /// Could not be accepted: no descriptor or no memory.
-    pub accept_failures: u64,
+    pub(crate) accept_failures: u64,
     /// Closed at a deadline: the first byte, a head, a reply not read, or idle for too long.
-    pub timed_out: u64,
+    pub(crate) timed_out: u64,
     /// Closed to make room for others.
-    pub displaced: u64,
+    pub(crate) displaced: u64,
 }
 
 /// What is measured at the moment of the question.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Gauges {
+pub(crate) struct Gauges {
     /// Cached secrets, and their bytes.
-    pub cached: (usize, usize),
+    pub(crate) cached: (usize, usize),
     /// `CacheSize` and `CacheBytes`.
-    pub cached_max: (usize, usize),
-    /// `MaxConn`.
-    pub connections_max: usize,
+    pub(crate) cached_max: (usize, usize),
+    pub(crate) connections_max: usize,
     /// KMS counts as down.
-    pub circuit_open: bool,
+    pub(crate) circuit_open: bool,
     /// When the credentials end, seconds since 1970 (UTC).
-    pub credentials_expire_unix_s: Option<i64>,
+    pub(crate) credentials_expire_unix_s: Option<i64>,
     /// When the agent started, seconds since 1970 (UTC).
-    pub started_unix_s: i64,
+    pub(crate) started_unix_s: i64,
 }
 
 impl Metrics {
     /// A request was answered.
-    pub const fn count_request(&mut self, outcome: Outcome) {
+    pub(crate) const fn count_request(&mut self, outcome: Outcome) {
         self.requests[outcome as usize] += 1;
     }
 
     /// A request was answered with a failure that originates in the agent.
-    pub const fn count_failure(&mut self, code: Code) {
+    pub(crate) const fn count_failure(&mut self, code: Code) {
         self.failures[code as usize] += 1;
     }
 
     /// The cache was asked.
-    pub const fn count_lookup(&mut self, lookup: CacheResult) {
+    pub(crate) const fn count_lookup(&mut self, lookup: CacheResult) {
         self.lookups[lookup as usize] += 1;
     }
 
     /// A call to KMS ended.
-    pub fn count_call(&mut self, result: CallResult, took: Duration) {
+    pub(crate) fn count_call(&mut self, result: CallResult, took: Duration) {
         self.calls[result as usize] += 1;
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let bucket = BUCKETS.iter().position(|(bound_us, _)| us <= *bound_us).unwrap_or(BUCKETS.len());
@@ -222,8 +199,7 @@ impl Metrics {
     }
 
     /// All of it in Prometheus' text format 0.0.4.
-    #[must_use]
-    pub fn render(&self, gauges: &Gauges) -> String {
+    pub(crate) fn render(&self, gauges: &Gauges) -> String {
         let mut text = Text(String::with_capacity(8 * 1024));
         text.family("build_info", "What is running; always 1.");
         text.sample("build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);

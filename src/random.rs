@@ -37,8 +37,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// 128 random bits.
-    pub fn next_u128(&mut self) -> u128 {
+    pub(crate) fn next_u128(&mut self) -> u128 {
         (u128::from(self.next_u64()) << 64) | u128::from(self.next_u64())
     }
 

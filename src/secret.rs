@@ -19,8 +19,7 @@ impl Secret {
     }
 
     /// The bytes as text, or `None` if they are not UTF-8.
-    #[must_use]
-    pub fn expose_str(&self) -> Option<&str> {
+    pub(crate) fn expose_str(&self) -> Option<&str> {
         std::str::from_utf8(&self.0).ok()
     }
 
@@ -40,14 +39,12 @@ impl Secret {
     }
 
     /// Whether there are no bytes at all.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// A second copy, wiped on its own drop.
-    #[must_use]
-    pub fn duplicate(&self) -> Secret {
+    pub(crate) fn duplicate(&self) -> Secret {
         Secret::from(self.expose())
     }
 }

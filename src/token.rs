@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
 /// Where the token is if no variable says otherwise.
-pub const DEFAULT_FILE: &str = "/var/run/kmstoken";
+pub(crate) const DEFAULT_FILE: &str = "/var/run/kmstoken";
 /// A larger file is not a token's.
 pub const FILE_BYTES_MAX: u64 = 4096;
 /// Owner: read and write; group, which applications join: read.
@@ -51,17 +51,13 @@ impl std::error::Error for TokenError {}
 
 /// Where a process finds its token; the same rule for the daemon and its command line.
 #[derive(Debug)]
-pub enum Source {
-    /// In a variable.
+pub(crate) enum Source {
     Value {
-        /// Its name.
         variable: String,
-        /// The token.
         token: Secret,
     },
     /// In a file; the daemon makes the default one if it is not there.
     File {
-        /// Which.
         path: PathBuf,
         /// Nothing named it: it is [`DEFAULT_FILE`].
         default: bool,
@@ -82,7 +78,10 @@ impl Source {
     ///
     /// # Errors
     /// When its value can be neither, or is the bare path of something that exists.
-    pub fn find(variables: &[String], env: &dyn Fn(&str) -> Option<OsString>) -> Result<Source, TokenError> {
+    pub(crate) fn find(
+        variables: &[String],
+        env: &dyn Fn(&str) -> Option<OsString>,
+    ) -> Result<Source, TokenError> {
         let Some((name, value)) = variables.iter().find_map(|name| env(name).map(|value| (name, value)))
         else {
             return Ok(Source::File { path: DEFAULT_FILE.into(), default: true });
@@ -116,7 +115,7 @@ impl Source {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn read(&self) -> Result<Secret, TokenError> {
+    pub(crate) fn read(&self) -> Result<Secret, TokenError> {
         match self {
             Source::Value { token, .. } => Ok(token.duplicate()),
             Source::File { path, .. } => {
@@ -127,8 +126,7 @@ impl Source {
 
     /// What is wrong with the file's owner and mode, one message each, for a warning; nothing, where it cannot
     /// be looked at or there is none.
-    #[must_use]
-    pub fn complaints(&self) -> Vec<String> {
+    pub(crate) fn complaints(&self) -> Vec<String> {
         match self {
             Source::Value { .. } => Vec::new(),
             Source::File { path, .. } => std::fs::metadata(path)
@@ -192,14 +190,11 @@ pub fn parse(bytes: &[u8]) -> Result<Secret, &'static str> {
 
 /// What [`create`] found and did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Created {
+pub(crate) enum Created {
     /// There is a fresh token now.
     Fresh,
     /// A valid token was there and stays.
-    Kept {
-        /// Its file's group.
-        gid: u32,
-    },
+    Kept { gid: u32 },
 }
 
 /// Makes sure that there is a token: a valid file stays as it is, an empty or unusable one is replaced, and
@@ -207,7 +202,7 @@ pub enum Created {
 ///
 /// # Errors
 /// When it cannot be made, or something is there that no token file is: it stays.
-pub fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Created, TokenError> {
+pub(crate) fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Created, TokenError> {
     match read(path) {
         Ok((token, file)) if !token.is_empty() => return Ok(Created::Kept { gid: file.gid() }),
         // Who may not read it cannot know that it is unusable.
@@ -234,7 +229,7 @@ pub fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Crea
 /// # Errors
 /// When the folder cannot be written to or the group not be given; when `path` is something else than a regular
 /// file: a device or a link is not replaced.
-pub fn rotate(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<(), TokenError> {
+pub(crate) fn rotate(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<(), TokenError> {
     let failed = |error: io::Error| TokenError::Create(path.to_path_buf(), error);
     let there = std::fs::symlink_metadata(path).ok();
     let strange = match &there {
@@ -310,7 +305,7 @@ fn write_fresh(
 /// Watches the source for the daemon: a changed token is taken up, an empty or unreadable file keeps the
 /// last good one.
 #[derive(Debug)]
-pub struct Watch {
+pub(crate) struct Watch {
     source: Source,
     last: Secret,
     complained: bool,
@@ -318,13 +313,12 @@ pub struct Watch {
 
 impl Watch {
     /// `last`: the token in use.
-    #[must_use]
-    pub const fn new(source: Source, last: Secret) -> Watch {
+    pub(crate) const fn new(source: Source, last: Secret) -> Watch {
         Watch { source, last, complained: false }
     }
 
     /// The token, if it is another one than before.
-    pub fn poll(&mut self) -> Option<Secret> {
+    pub(crate) fn poll(&mut self) -> Option<Secret> {
         let Source::File { path, .. } = &self.source else { return None };
         let complaint = match read(path) {
             Ok((token, _)) if token.is_empty() => "it is empty".to_owned(),

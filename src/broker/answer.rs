@@ -42,9 +42,7 @@ impl fmt::Display for XCache {
 }
 
 impl XCache {
-    /// The header's value.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             XCache::Hit => "HIT",
             XCache::Miss => "MISS",
@@ -74,8 +72,7 @@ enum Origin {
 
 /// Why there is no value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
-    /// HTTP status.
+pub(crate) struct Failure {
     pub(super) status: u16,
     origin: Origin,
     /// What failed and where, nothing secret.
@@ -84,7 +81,6 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// KMS's own words.
     pub(super) fn from_kms(error: &KmsError) -> Failure {
         Failure {
             status: error.status,
@@ -152,17 +148,15 @@ impl From<Denial> for Failure {
 
 /// The content of a reply.
 #[derive(Clone, Debug)]
-pub enum Content {
+pub(crate) enum Content {
     /// A stored body, the span of its freshness, and where it came from now.
     Secret(Body, Span, XCache),
-    /// None.
     Failure(Rc<Failure>),
 }
 
 /// What of KMS's reply is kept for `key`: for type 2, which has two forms and a lease that runs down, KMS's
 /// reply itself; else the body as it goes out.
-#[must_use]
-pub fn to_be_kept(
+pub(crate) fn to_be_kept(
     response_type: ResponseType,
     asked_id: &str,
     body: Zeroizing<Vec<u8>>,
@@ -176,7 +170,7 @@ pub fn to_be_kept(
 
 /// Writes replies; holds what they share.
 #[derive(Debug)]
-pub struct Writer {
+pub(crate) struct Writer {
     response_type: ResponseType,
     date: Date,
     random: Random,
@@ -184,18 +178,17 @@ pub struct Writer {
 
 impl Writer {
     /// `random` makes request ids.
-    #[must_use]
-    pub fn new(response_type: ResponseType, random: Random) -> Writer {
+    pub(crate) fn new(response_type: ResponseType, random: Random) -> Writer {
         Writer { response_type, date: Date::default(), random }
     }
 
     /// Brings `Date` to the second; once a tick.
-    pub fn set_time(&mut self, unix_s: i64) {
+    pub(crate) fn set_time(&mut self, unix_s: i64) {
         self.date.set(unix_s);
     }
 
     /// A secret. HEAD gets the same without the body (RFC 9110 9.3.2).
-    pub fn secret(
+    pub(crate) fn secret(
         &self,
         out: &mut Vec<u8>,
         kept: &[u8],
@@ -219,7 +212,7 @@ impl Writer {
     }
 
     /// A failure, in the words that the client's kind expects.
-    pub fn failure(&mut self, out: &mut Vec<u8>, failure: &Failure, to: ReplyStyle) {
+    pub(crate) fn failure(&mut self, out: &mut Vec<u8>, failure: &Failure, to: ReplyStyle) {
         let (code, message, at_gate) = (failure.code(), &failure.message, failure.is_at_gate());
         let (content_type, body) = match self.response_type {
             ResponseType::Kms => {
@@ -250,18 +243,15 @@ impl Writer {
         to.end(out, body.as_bytes());
     }
 
-    /// `/ping`.
-    pub fn healthy(&self, out: &mut Vec<u8>, to: ReplyStyle) {
+    pub(crate) fn healthy(&self, out: &mut Vec<u8>, to: ReplyStyle) {
         self.document(out, "text/plain", b"healthy", to);
     }
 
-    /// `/metrics`.
-    pub fn metrics(&self, out: &mut Vec<u8>, text: &str, to: ReplyStyle) {
+    pub(crate) fn metrics(&self, out: &mut Vec<u8>, text: &str, to: ReplyStyle) {
         self.document(out, metrics::CONTENT_TYPE, text.as_bytes(), to);
     }
 
-    /// `/status`.
-    pub fn status(&self, out: &mut Vec<u8>, json: &str, to: ReplyStyle) {
+    pub(crate) fn status(&self, out: &mut Vec<u8>, json: &str, to: ReplyStyle) {
         self.document(out, JSON, json.as_bytes(), to);
     }
 
@@ -283,13 +273,13 @@ fn vault_status(failure: &Failure) -> u16 {
 
 /// How a client wants its reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ReplyStyle {
+pub(crate) struct ReplyStyle {
     /// HEAD: no body.
-    pub head_only: bool,
+    pub(crate) head_only: bool,
     /// Which KV it speaks, where that matters.
-    pub kv: Kv,
+    pub(crate) kv: Kv,
     /// What becomes of the connection.
-    pub persistence: Persistence,
+    pub(crate) persistence: Persistence,
 }
 
 impl ReplyStyle {

@@ -48,7 +48,6 @@ pub(super) struct Options {
     arguments: Vec<OsString>,
 }
 
-/// `--env`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Variable {
     name: String,

@@ -33,7 +33,6 @@ object {\"value\": \"x\"} cannot be told from the plain secret x, and is printed
 Exit codes: 0 printed, 1 no such secret, no agent or no token, 2 wrong usage or configuration
 ";
 
-/// What to print.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Options {
     config: Option<PathBuf>,

@@ -20,7 +20,6 @@ const ADDRESSES: [&str; 5] = [
     "0000000000000000FFFF00000100007F",
 ];
 
-/// A listening socket.
 #[derive(Debug, PartialEq, Eq)]
 struct Socket {
     inode: u64,
@@ -30,16 +29,12 @@ struct Socket {
 /// Who holds a port.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Holder {
-    /// This process.
     Process {
-        /// Its id.
         pid: u32,
-        /// Its name.
         name: String,
     },
     /// A process of this user; which one may only be seen by root.
     Somebody {
-        /// The user.
         uid: u32,
     },
     /// /proc does not tell.

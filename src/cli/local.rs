@@ -32,28 +32,20 @@ const MESSAGE_BYTES_MAX: usize = 1024;
 /// Why there was no reply.
 #[derive(Debug)]
 pub(super) enum LocalError {
-    /// `HttpPort` is 0.
     UnknownPort,
-    /// Nobody listens.
     Refused {
-        /// Where.
         port: u16,
     },
     /// Somebody listens, and does not answer in time.
     Timeout {
-        /// Where.
         port: u16,
     },
     /// Somebody listens, and does not speak HTTP.
     NotHttp {
-        /// Where.
         port: u16,
-        /// What is wrong.
         error: ResponseError,
     },
-    /// The connection broke.
     Broken {
-        /// Where.
         port: u16,
         /// What the system says.
         error: io::Error,

@@ -26,11 +26,9 @@ pub(super) struct ProbeResult {
     pub(super) connected: Option<SocketAddr>,
     /// A request could be sent: with TLS, the server is who it should be.
     pub(super) secured: bool,
-    /// The reply.
     pub(super) result: Result<Response, CallError>,
 }
 
-/// Makes calls.
 pub(super) struct Prober {
     clock: Clock,
     tls: Arc<ClientConfig>,

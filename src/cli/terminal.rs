@@ -4,9 +4,7 @@ use crate::log::Reason;
 use std::fmt::Display;
 use std::io::{self, Write as _};
 
-/// All is well.
 pub(super) const OK: u8 = 0;
-/// The command failed.
 pub(super) const FAILED: u8 = 1;
 /// The arguments or the configuration are wrong.
 pub(super) const USAGE: u8 = 2;

@@ -10,9 +10,9 @@ mod reader;
 mod sections;
 mod values;
 
-pub use crate::log::LogPath;
+pub(crate) use crate::log::LogPath;
 pub use problem::{LoadError, Problem};
-pub use sections::{CacheSection, Config, KmsSection, ResponseType, ServerSection};
+pub use sections::{Config, KmsSection, ResponseType, ServerSection};
 pub use values::{AapArn, AuthType, ENDPOINT_PORT, HostPort};
 
 use reader::{Case, Findings};
@@ -67,8 +67,7 @@ pub fn load(path: &Path) -> Result<Config, LoadError> {
 
 /// Where the configuration of the binary `exe` is looked for: `config.toml` beside the binary's
 /// folder, so `/x/config.toml` for `/x/bin/kms-agent`.
-#[must_use]
-pub fn default_path(exe: &Path) -> Option<PathBuf> {
+pub(crate) fn default_path(exe: &Path) -> Option<PathBuf> {
     Some(exe.parent()?.parent()?.join("config.toml"))
 }
 

@@ -12,9 +12,9 @@ pub struct Problem {
     /// Line of the file, from 1; `None`: it is about the whole file.
     pub line: Option<usize>,
     /// Section or key: `[Server]`, `[Server] HttpPort`.
-    pub key: Option<String>,
+    pub(crate) key: Option<String>,
     /// The wrong value as written, shortened. Not that of an unknown key: it may be a secret.
-    pub found: Option<String>,
+    pub(crate) found: Option<String>,
     /// What it must be.
     pub message: String,
 }

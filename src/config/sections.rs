@@ -136,14 +136,12 @@ impl Default for KmsSection {
 
 impl KmsSection {
     /// The region: `Region`, else that of `AapArn`; `None`: the metadata service knows.
-    #[must_use]
-    pub fn region(&self) -> Option<&str> {
+    pub(crate) fn region(&self) -> Option<&str> {
         self.region.as_deref().or(self.aap_arn.as_ref().map(|aap| aap.region.as_str()))
     }
 
     /// Where KMS is: `Endpoint`, else the region's VPC endpoint; `None`: the region is still to be asked.
-    #[must_use]
-    pub fn endpoint(&self) -> Option<HostPort> {
+    pub(crate) fn endpoint(&self) -> Option<HostPort> {
         self.endpoint.clone().or_else(|| self.region().map(HostPort::kms_in))
     }
 }

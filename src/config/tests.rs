@@ -2,6 +2,7 @@
 
 use super::names::SECTIONS;
 use super::reader::SYNTAX_ERRORS_MAX;
+use super::sections::CacheSection;
 use super::*;
 use crate::log::Settings as LogSection;
 use ::log::LevelFilter;

@@ -87,8 +87,7 @@ impl HostPort {
     }
 
     /// KMS's endpoint in a region's VPCs: `kms-vpc.<region>.aliyuncs.com`.
-    #[must_use]
-    pub fn kms_in(region: &str) -> HostPort {
+    pub(crate) fn kms_in(region: &str) -> HostPort {
         HostPort { host: format!("kms-vpc.{region}.aliyuncs.com"), port: ENDPOINT_PORT }
     }
 
@@ -114,9 +113,9 @@ impl Display for HostPort {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AapArn {
     /// Region id.
-    pub region: String,
+    pub(crate) region: String,
     /// Account id: digits.
-    pub account: String,
+    pub(crate) account: String,
     /// Name of the access point.
     pub name: String,
     text: String,

@@ -86,7 +86,7 @@ impl Harden {
 ///
 /// # Errors
 /// Never, as prctl(2) has it.
-pub fn forbid_dumps() -> Result<(), rustix::io::Errno> {
+pub(crate) fn forbid_dumps() -> Result<(), rustix::io::Errno> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 

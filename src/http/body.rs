@@ -8,7 +8,7 @@ use super::error::ResponseError;
 use crate::text::is_token_byte;
 
 /// Most bytes of chunk extensions and trailers together that are read and thrown away in one body.
-pub const SKIPPED_BYTES_MAX: usize = 8 * 1024;
+pub(crate) const SKIPPED_BYTES_MAX: usize = 8 * 1024;
 
 /// Most hex digits of a chunk's size, leading zeros included: what 64 bits need.
 const SIZE_DIGITS_MAX: u8 = 16;
@@ -18,7 +18,7 @@ const ALLOC_BYTES_MIN: usize = 4 * 1024;
 
 /// How the end of a body is told: RFC 9112 section 6.3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Framing {
+pub(crate) enum Framing {
     /// `Content-Length`, or a status that has no body (0).
     Length(usize),
     /// `Transfer-Encoding: chunked`.
@@ -28,7 +28,7 @@ pub enum Framing {
 }
 
 /// A body that is being received. Its bytes are wiped on drop, and wherever they lay while it grew.
-pub struct Body {
+pub(crate) struct Body {
     bytes: Zeroizing<Vec<u8>>,
     bytes_max: usize,
     /// Bytes of extensions and trailers that may still come.
@@ -86,7 +86,7 @@ impl Body {
     ///
     /// # Errors
     /// [`ResponseError::BodyTooLarge`] if a longer one is announced.
-    pub fn new(framing: Framing, bytes_max: usize) -> Result<Body, ResponseError> {
+    pub(crate) fn new(framing: Framing, bytes_max: usize) -> Result<Body, ResponseError> {
         let (state, capacity) = match framing {
             Framing::Length(0) => (State::Done, 0),
             Framing::Length(left) if left > bytes_max => {
@@ -105,7 +105,7 @@ impl Body {
     ///
     /// # Errors
     /// What is wrong with the body. It is of no use any more then.
-    pub fn feed<'a>(&mut self, mut input: &'a [u8]) -> Result<&'a [u8], ResponseError> {
+    pub(crate) fn feed<'a>(&mut self, mut input: &'a [u8]) -> Result<&'a [u8], ResponseError> {
         loop {
             match self.state {
                 State::Done => return Ok(input),
@@ -135,8 +135,7 @@ impl Body {
 
     /// Whether nothing more belongs to the body. Never so, before [`Body::on_eof`], if the end of the
     /// connection tells its end.
-    #[must_use]
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.state == State::Done
     }
 
@@ -144,7 +143,7 @@ impl Body {
     ///
     /// # Errors
     /// [`ResponseError::Truncated`] if the body has not.
-    pub fn on_eof(&mut self) -> Result<(), ResponseError> {
+    pub(crate) fn on_eof(&mut self) -> Result<(), ResponseError> {
         match self.state {
             State::Done => Ok(()),
             State::UntilClose => {
@@ -156,8 +155,7 @@ impl Body {
     }
 
     /// The bytes that have come.
-    #[must_use]
-    pub fn into_bytes(self) -> Zeroizing<Vec<u8>> {
+    pub(crate) fn into_bytes(self) -> Zeroizing<Vec<u8>> {
         self.bytes
     }
 

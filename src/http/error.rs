@@ -36,7 +36,7 @@ pub enum ResponseError {
     SkippedTooLarge,
     /// The body is, or is announced to be, longer than this many bytes.
     BodyTooLarge {
-        /// The limit.
+        /// The limit that the parser was given.
         bytes_max: usize,
     },
     /// The connection ended before the response did.

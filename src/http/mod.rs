@@ -3,12 +3,12 @@
 //! [`request`] reads what a client sends us, [`write`](mod@write) makes what we send it; [`response`] and
 //! [`body`] read what KMS and the metadata service send.
 
-pub mod body;
+pub(crate) mod body;
 mod error;
 pub mod percent;
 pub mod request;
 pub mod response;
-pub mod write;
+pub(crate) mod write;
 
 /// Text before and after the first `byte`, an ASCII character. What clients send is short: `str::split_once`, made
 /// for long texts, takes several times as long, and this runs at every hit.

@@ -38,8 +38,7 @@ pub fn encode(text: &str, out: &mut String) {
 
 /// A form of `pairs`, in their order (`application/x-www-form-urlencoded`, a space as `%20`). Wiped on drop, and
 /// never moved while it is made: a value may be a token.
-#[must_use]
-pub fn form(pairs: &[(&str, &str)]) -> Zeroizing<String> {
+pub(crate) fn form(pairs: &[(&str, &str)]) -> Zeroizing<String> {
     let bytes_max = pairs.iter().map(|(name, value)| 3 * (name.len() + value.len()) + 2).sum();
     let mut form = Zeroizing::new(String::with_capacity(bytes_max));
     for (name, value) in pairs {

@@ -19,7 +19,7 @@ pub const HEADERS_MAX: usize = 64;
 const METHOD_BYTES_MAX: usize = 64;
 
 /// Room for the header lines of one head; the caller's, so that a request can borrow from it.
-pub type HeaderRoom<'b> = [MaybeUninit<httparse::Header<'b>>; HEADERS_MAX];
+pub(crate) type HeaderRoom<'b> = [MaybeUninit<httparse::Header<'b>>; HEADERS_MAX];
 
 /// Fresh [`HeaderRoom`]; costs nothing, since it is not initialised.
 #[must_use]
@@ -123,8 +123,7 @@ fn request_line(bytes: &[u8]) -> (&[u8], bool) {
 }
 
 /// Whether `bytes` begin with a HEAD request, be it sound or not: its reply has no body (RFC 9110 9.3.2).
-#[must_use]
-pub fn asks_for_head(bytes: &[u8]) -> bool {
+pub(crate) fn asks_for_head(bytes: &[u8]) -> bool {
     request_line(bytes).0.starts_with(b"HEAD ")
 }
 

@@ -17,7 +17,7 @@ use crate::buf::Buf;
 use crate::text::decimal;
 
 /// Longest reply body in bytes that the agent takes: a secret is at most about 30 KiB.
-pub const REPLY_BYTES_MAX: usize = 128 * 1024;
+pub(crate) const REPLY_BYTES_MAX: usize = 128 * 1024;
 
 /// A head begins like this. What does not is told from the first wrong byte: a TLS record or another
 /// protocol's greeting need not run into the head's limit.
@@ -43,7 +43,6 @@ pub struct Response {
 }
 
 impl fmt::Debug for Response {
-    /// Without the body.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Response")
             .field("status", &self.status)

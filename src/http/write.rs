@@ -6,14 +6,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The `Date` value of the current second, formatted once (RFC 9110 5.6.7).
 #[derive(Debug, Default)]
-pub struct Date {
+pub(crate) struct Date {
     unix_s: Option<i64>,
     text: Vec<u8>,
 }
 
 impl Date {
     /// Brings it to this second; cheap if it is there already.
-    pub fn set(&mut self, unix_s: i64) {
+    pub(crate) fn set(&mut self, unix_s: i64) {
         if self.unix_s != Some(unix_s) {
             self.unix_s = Some(unix_s);
             // httpdate panics past the year 9999.
@@ -37,7 +37,7 @@ pub enum Persistence {
 }
 
 /// Begins a reply: status line, `Content-Type`, `Content-Length`, `Date` and `Cache-Control`.
-pub fn begin(out: &mut Vec<u8>, date: &Date, status: u16, content_type: &str, content_length: usize) {
+pub(crate) fn begin(out: &mut Vec<u8>, date: &Date, status: u16, content_type: &str, content_length: usize) {
     if status == 200 {
         // Nearly all of them.
         out.extend_from_slice(b"HTTP/1.1 200 OK\r\nContent-Type: ");
@@ -55,19 +55,18 @@ pub fn begin(out: &mut Vec<u8>, date: &Date, status: u16, content_type: &str, co
 }
 
 /// One more header line. `value` is ours, never foreign text.
-pub fn header(out: &mut Vec<u8>, name: &str, value: &str) {
+pub(crate) fn header(out: &mut Vec<u8>, name: &str, value: &str) {
     for part in [name, ": ", value, "\r\n"] {
         out.extend_from_slice(part.as_bytes());
     }
 }
 
 /// A header line whose value is a number.
-pub fn number(out: &mut Vec<u8>, name: &str, value: u64) {
+pub(crate) fn number(out: &mut Vec<u8>, name: &str, value: u64) {
     header(out, name, itoa::Buffer::new().format(value));
 }
 
-/// Ends the head.
-pub fn end(out: &mut Vec<u8>, persistence: Persistence) {
+pub(crate) fn end(out: &mut Vec<u8>, persistence: Persistence) {
     out.extend_from_slice(match persistence {
         Persistence::KeepAlive => b"\r\n",
         Persistence::KeepAliveSaid => b"Connection: keep-alive\r\n\r\n",
@@ -77,8 +76,7 @@ pub fn end(out: &mut Vec<u8>, persistence: Persistence) {
 
 /// The reason phrases of RFC 9110 15 for the statuses that we or KMS give; empty for others, which
 /// RFC 9112 4 allows.
-#[must_use]
-pub const fn reason(status: u16) -> &'static str {
+pub(crate) const fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
         400 => "Bad Request",

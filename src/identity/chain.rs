@@ -32,7 +32,7 @@ enum Stage {
 /// The providers in their order. Until one has given credentials, the next is tried when one fails; from
 /// then on it is that one alone.
 #[derive(Debug)]
-pub struct Chain {
+pub(crate) struct Chain {
     shared: Shared,
     /// The metadata service is to be asked for the region, which nothing else names.
     region_wanted: bool,
@@ -50,7 +50,7 @@ impl Chain {
     ///
     /// # Errors
     /// When what is asked for cannot be: the message names key or variable.
-    pub fn from_config(
+    pub(crate) fn from_config(
         kms: &KmsSection,
         env: &dyn Fn(&str) -> Option<OsString>,
     ) -> Result<Chain, NotConfigured> {
@@ -76,20 +76,17 @@ impl Chain {
     }
 
     /// The region, if the metadata service was asked for it and has answered.
-    #[must_use]
-    pub fn region(&self) -> Option<&str> {
+    pub(crate) fn region(&self) -> Option<&str> {
         self.shared.region.as_deref()
     }
 
     /// Who gave the credentials, or is tried first.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         self.providers.get(self.serving.unwrap_or(0)).map_or("nobody", |provider| provider.name())
     }
 
     /// What is being asked for: `the OIDC role`, or `the region`.
-    #[must_use]
-    pub fn asked_for(&self) -> &'static str {
+    pub(crate) fn asked_for(&self) -> &'static str {
         match self.stage {
             Stage::Region => "the region",
             Stage::Provider(at) => self.providers.get(at).map_or("nobody", |provider| provider.name()),
@@ -100,7 +97,7 @@ impl Chain {
     ///
     /// # Errors
     /// When it ends before anybody is asked.
-    pub fn begin(&mut self, now: Mono) -> Result<Next, IdentityError> {
+    pub(crate) fn begin(&mut self, now: Mono) -> Result<Next, IdentityError> {
         self.failed.clear();
         self.shared.metadata.begin(now);
         if self.region_wanted && self.shared.region.is_none() {
@@ -148,7 +145,7 @@ impl Chain {
     }
 
     /// Writes the request of the question asked last.
-    pub fn write_request(&self, out: &mut Vec<u8>, now: Now, random: &mut Random) {
+    pub(crate) fn write_request(&self, out: &mut Vec<u8>, now: Now, random: &mut Random) {
         match self.stage {
             Stage::Region => self.shared.metadata.write_region_request(out),
             Stage::Provider(at) => {
@@ -163,7 +160,7 @@ impl Chain {
     ///
     /// # Errors
     /// When the conversation has ended without credentials.
-    pub fn on_answer(
+    pub(crate) fn on_answer(
         &mut self,
         answer: Result<&Response, &CallError>,
         now: Now,

@@ -23,22 +23,21 @@ impl fmt::Display for NotConfigured {
 impl std::error::Error for NotConfigured {}
 
 /// The environment. A variable that is set to nothing is as good as not set.
-pub struct Env<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
+pub(crate) struct Env<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
 
 impl Env<'_> {
     /// A variable's value.
     ///
     /// # Errors
     /// When it is not UTF-8.
-    pub fn text(&self, name: &str) -> Result<Option<String>, NotConfigured> {
+    pub(crate) fn text(&self, name: &str) -> Result<Option<String>, NotConfigured> {
         let value = (self.0)(name).map(OsString::into_string).transpose();
         let value = value.map_err(|_| NotConfigured::Wrong(format!("{name} is not UTF-8")))?;
         Ok(value.filter(|value| !value.is_empty()))
     }
 
     /// Whether a variable says `true`, in any case.
-    #[must_use]
-    pub fn is_true(&self, name: &str) -> bool {
+    pub(crate) fn is_true(&self, name: &str) -> bool {
         (self.0)(name).is_some_and(|value| value.eq_ignore_ascii_case("true"))
     }
 
@@ -46,7 +45,7 @@ impl Env<'_> {
     ///
     /// # Errors
     /// Those that are not.
-    pub fn need(&self, names: &[&str]) -> Result<(), NotConfigured> {
+    pub(crate) fn need(&self, names: &[&str]) -> Result<(), NotConfigured> {
         let is_missing = |name: &&&str| (self.0)(name).is_none_or(|value| value.is_empty());
         let missing: Vec<&str> = names.iter().filter(is_missing).copied().collect();
         match missing.as_slice() {

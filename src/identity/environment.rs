@@ -21,14 +21,14 @@ const TOKEN: &str = "ALIBABA_CLOUD_SECURITY_TOKEN";
 /// An access key that was in the environment when the agent started. Nobody needs to be asked, and nobody
 /// can be asked for another one.
 #[derive(Debug)]
-pub struct Environment(Rc<Credentials>);
+pub(crate) struct Environment(Rc<Credentials>);
 
 impl Environment {
     /// The variables' access key.
     ///
     /// # Errors
     /// Which variable is missing, or has a value that cannot be one.
-    pub fn find(env: &Env<'_>) -> Result<Environment, NotConfigured> {
+    pub(crate) fn find(env: &Env<'_>) -> Result<Environment, NotConfigured> {
         env.need(&[ID, SECRET])?;
         let header_value = |name: &'static str| match env.text(name)? {
             // They go into header lines.

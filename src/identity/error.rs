@@ -19,7 +19,6 @@ pub enum IdentityError {
     Everyone(Vec<(&'static str, IdentityError)>),
 }
 
-/// Who was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CredentialSource {
     /// The instance metadata service.
@@ -32,7 +31,6 @@ pub enum CredentialSource {
     AccessPoint,
 }
 
-/// What was wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServiceError {
     /// No connection, or no usable reply in time.
@@ -52,12 +50,10 @@ pub enum ServiceError {
     HardenedOnly(String),
     /// A refusal with its `Code` and `Message`.
     Refused {
-        /// HTTP status.
         status: u16,
         /// `Code`, and `Message` unless that quoted a token.
         text: String,
     },
-    /// Another status.
     Status(u16),
     /// A `Code` other than `Success`.
     Code(String),
@@ -69,14 +65,12 @@ pub enum ServiceError {
 
 impl IdentityError {
     /// A question that brought no reply.
-    #[must_use]
-    pub fn unreachable(asked: CredentialSource, error: &CallError) -> IdentityError {
+    pub(crate) fn unreachable(asked: CredentialSource, error: &CallError) -> IdentityError {
         IdentityError::Service(asked, ServiceError::Unreachable(error.message.clone()))
     }
 
     /// Whether it is that the metadata service cannot be reached, or fails as a whole.
-    #[must_use]
-    pub fn needs_metadata(&self) -> bool {
+    pub(crate) fn needs_metadata(&self) -> bool {
         match self {
             IdentityError::Service(
                 CredentialSource::Metadata,

@@ -32,7 +32,7 @@ use std::rc::Rc;
 use zeroize::Zeroizing;
 
 /// Said in the log at start.
-pub const PROVISIONAL: &str =
+pub(crate) const PROVISIONAL: &str =
     "instance identity is provisional: how KMS exchanges it for credentials is not published";
 
 /// A longer identity is not one: a document and a chain of certificates are a few KiB.
@@ -40,7 +40,7 @@ const IDENTITY_BYTES_MAX: usize = 32 * 1024;
 
 /// This instance, by an access point.
 #[derive(Debug)]
-pub struct InstanceIdentity {
+pub(crate) struct InstanceIdentity {
     aap: AapArn,
     kms: Rc<HostPort>,
     /// The signed identity: base64 of a PKCS#7. For who holds it, this instance is we.
@@ -49,8 +49,7 @@ pub struct InstanceIdentity {
 
 impl InstanceIdentity {
     /// With this access point, asked at this endpoint.
-    #[must_use]
-    pub fn new(aap: AapArn, kms: HostPort) -> InstanceIdentity {
+    pub(crate) fn new(aap: AapArn, kms: HostPort) -> InstanceIdentity {
         InstanceIdentity { aap, kms: Rc::new(kms), identity: None }
     }
 

@@ -35,7 +35,7 @@ enum Access {
 
 /// The metadata service, seen from here.
 #[derive(Debug)]
-pub struct Metadata {
+pub(crate) struct Metadata {
     origin: Rc<HostPort>,
     /// `ALIBABA_CLOUD_IMDSV1_DISABLED`: never fall back to plain GETs.
     hardened_only: bool,
@@ -46,13 +46,12 @@ pub struct Metadata {
 
 impl Metadata {
     /// Nothing is known yet.
-    #[must_use]
-    pub fn new(origin: HostPort, hardened_only: bool) -> Metadata {
+    pub(crate) fn new(origin: HostPort, hardened_only: bool) -> Metadata {
         Metadata { origin: Rc::new(origin), hardened_only, access: Access::Unknown, token_replaced: false }
     }
 
     /// Begins a conversation anew; what is known of the access is kept.
-    pub fn begin(&mut self, now: Mono) {
+    pub(crate) fn begin(&mut self, now: Mono) {
         self.token_replaced = false;
         match &self.access {
             Access::Hardened { until, .. } if now.after(TOKEN_MARGIN) < *until => {}
@@ -61,13 +60,12 @@ impl Metadata {
     }
 
     /// Whom to ask.
-    #[must_use]
-    pub fn peer(&self) -> Peer {
+    pub(crate) fn peer(&self) -> Peer {
         Peer { service: Service::Metadata, origin: Rc::clone(&self.origin) }
     }
 
     /// Writes the next request on the way to what is at `path`, whole.
-    pub fn write_request(&self, out: &mut Vec<u8>, path: &str) {
+    pub(crate) fn write_request(&self, out: &mut Vec<u8>, path: &str) {
         match &self.access {
             Access::Unknown => {
                 let life = TOKEN_LIFE_S.to_string();
@@ -97,7 +95,7 @@ impl Metadata {
     ///
     /// # Errors
     /// When the service cannot be asked.
-    pub fn on_answer<'a>(
+    pub(crate) fn on_answer<'a>(
         &mut self,
         answer: Result<&'a Response, &CallError>,
         now: Mono,
@@ -140,7 +138,7 @@ impl Metadata {
     }
 
     /// Writes the next request on the way to the region.
-    pub fn write_region_request(&self, out: &mut Vec<u8>) {
+    pub(crate) fn write_region_request(&self, out: &mut Vec<u8>) {
         self.write_request(out, REGION_PATH);
     }
 
@@ -148,7 +146,7 @@ impl Metadata {
     ///
     /// # Errors
     /// When there is no region to be had.
-    pub fn on_region_answer(
+    pub(crate) fn on_region_answer(
         &mut self,
         answer: Result<&Response, &CallError>,
         now: Mono,

@@ -4,22 +4,22 @@
 //! Pure: [`Identity::poll`] says when something is to be asked, the answers come in by
 //! [`Identity::on_answer`].
 
-pub mod chain;
+pub(crate) mod chain;
 mod env;
-pub mod environment;
+pub(crate) mod environment;
 mod error;
-pub mod instance_identity;
-pub mod metadata;
-pub mod oidc;
+pub(crate) mod instance_identity;
+pub(crate) mod metadata;
+pub(crate) mod oidc;
 mod peer;
-pub mod provider;
-pub mod ram_role;
+pub(crate) mod provider;
+pub(crate) mod ram_role;
 mod reply;
-pub mod uri;
+pub(crate) mod uri;
 
-pub use env::NotConfigured;
-pub use error::{CredentialSource, IdentityError, ServiceError};
-pub use peer::Peer;
+pub(crate) use env::NotConfigured;
+pub(crate) use error::{CredentialSource, IdentityError};
+pub(crate) use peer::Peer;
 
 use crate::call::CallError;
 use crate::config::KmsSection;
@@ -68,11 +68,11 @@ struct Held {
 pub enum CredentialState<'a> {
     /// Credentials that have not ended.
     Ready(&'a Rc<Credentials>),
-    /// Being fetched.
+    /// A fetch is under way or about to begin.
     Pending,
     /// Not to be had now; another fetch begins at `retry_at` at the latest.
     Failed {
-        /// Why.
+        /// The last fetch's.
         error: &'a IdentityError,
         /// When the next fetch begins.
         retry_at: Mono,
@@ -127,37 +127,32 @@ impl Identity {
     }
 
     /// Who it is, for a status line: `the instance's RAM role`.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         self.chain.name()
     }
 
     /// What the fetch under way asks for: `the OIDC role`, or `the region`.
-    #[must_use]
-    pub fn asked_for(&self) -> &'static str {
+    pub(crate) fn asked_for(&self) -> &'static str {
         self.chain.asked_for()
     }
 
     /// When the credentials that are held end, seconds since 1970 (UTC); `None`: never, or there are none.
-    #[must_use]
-    pub fn expires_unix_s(&self) -> Option<i64> {
+    pub(crate) fn expires_unix_s(&self) -> Option<i64> {
         self.held.as_ref().and_then(|held| held.credentials.expires_unix_s)
     }
 
     /// What the clock by which the credentials end shows more than ours, in seconds.
-    #[must_use]
-    pub const fn clock_offset_s(&self) -> i64 {
+    pub(crate) const fn clock_offset_s(&self) -> i64 {
         self.clock_offset_s
     }
 
     /// Whether credentials are held that have not ended.
-    #[must_use]
-    pub fn is_ready(&self, now: Mono) -> bool {
+    pub(crate) fn is_ready(&self, now: Mono) -> bool {
         self.held.as_ref().is_some_and(|held| now < held.ends)
     }
 
     /// How the last fetch ended, once after each.
-    pub fn poll_outcome(&mut self) -> Option<Result<(), IdentityError>> {
+    pub(crate) fn poll_outcome(&mut self) -> Option<Result<(), IdentityError>> {
         self.outcome.take()
     }
 
@@ -183,7 +178,7 @@ impl Identity {
     /// KMS refused these credentials: they are dropped and fetched anew. Those of an earlier life are
     /// ignored, so that a burst of refusals renews once. `false`: there are no others to be had, because they
     /// cannot be renewed, or were for that reason a moment ago and have never worked.
-    pub fn refused(&mut self, refused: &Rc<Credentials>, now: Mono) -> bool {
+    pub(crate) fn refused(&mut self, refused: &Rc<Credentials>, now: Mono) -> bool {
         if !self.held.as_ref().is_some_and(|held| Rc::ptr_eq(&held.credentials, refused)) {
             return true;
         }
@@ -204,7 +199,7 @@ impl Identity {
     }
 
     /// KMS accepted the credentials it was shown: a later refusal is news.
-    pub fn accepted(&mut self) {
+    pub(crate) fn accepted(&mut self) {
         self.refused_last = None;
     }
 
@@ -227,8 +222,7 @@ impl Identity {
     }
 
     /// When [`Identity::poll`] is next worth calling.
-    #[must_use]
-    pub const fn next_deadline(&self) -> Mono {
+    pub(crate) const fn next_deadline(&self) -> Mono {
         match self.state {
             State::Resting { at } | State::Failed { at, .. } => at,
             State::ToAsk(_) => Mono::from_micros(0),

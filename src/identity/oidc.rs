@@ -37,7 +37,7 @@ const LIFE_S: u32 = 3600;
 
 /// `AssumeRoleWithOIDC`.
 #[derive(Debug)]
-pub struct Oidc {
+pub(crate) struct Oidc {
     role_arn: String,
     provider_arn: String,
     token_file: PathBuf,
@@ -56,7 +56,7 @@ impl Oidc {
     ///
     /// # Errors
     /// Which variable is missing, or has a value that cannot be one.
-    pub fn find(env: &Env<'_>, kms: &config::KmsSection) -> Result<Oidc, NotConfigured> {
+    pub(crate) fn find(env: &Env<'_>, kms: &config::KmsSection) -> Result<Oidc, NotConfigured> {
         env.need(&[ROLE_ARN, PROVIDER_ARN, TOKEN_FILE])?;
         let in_vpc = env.is_true(VPC);
         let wrong =

@@ -9,8 +9,7 @@ use std::rc::Rc;
 pub struct Peer {
     /// What sort of service.
     pub service: Service,
-    /// Where.
-    pub origin: Rc<HostPort>,
+    pub(crate) origin: Rc<HostPort>,
 }
 
 impl Peer {

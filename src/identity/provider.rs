@@ -16,7 +16,7 @@ use std::time::Duration;
 ///
 /// Pure but for the OIDC token's file. A conversation ends with credentials or with an error; it is begun
 /// anew for each renewal.
-pub trait Provider: fmt::Debug {
+pub(crate) trait Provider: fmt::Debug {
     /// For the log, after "credentials of": `the instance's RAM role`.
     fn name(&self) -> &'static str;
 
@@ -44,7 +44,7 @@ pub trait Provider: fmt::Debug {
 
 /// How far a conversation has come.
 #[derive(Debug)]
-pub enum Next {
+pub(crate) enum Next {
     /// This is to be asked.
     Ask(Peer),
     /// It has come to its end.
@@ -53,18 +53,17 @@ pub enum Next {
 
 /// Credentials, and how long they live.
 #[derive(Debug)]
-pub struct Grant {
-    /// The credentials.
-    pub credentials: Rc<Credentials>,
+pub(crate) struct Grant {
+    pub(crate) credentials: Rc<Credentials>,
     /// From the answer on; `None`: for good.
-    pub life: Option<Duration>,
+    pub(crate) life: Option<Duration>,
 }
 
 /// What the providers share.
 #[derive(Debug)]
-pub struct Shared {
+pub(crate) struct Shared {
     /// The metadata service, and its token.
-    pub metadata: Metadata,
+    pub(crate) metadata: Metadata,
     /// The region, as soon as the metadata service has told it; `None` where nobody needs to ask.
-    pub region: Option<String>,
+    pub(crate) region: Option<String>,
 }

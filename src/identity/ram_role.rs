@@ -15,7 +15,7 @@ const PATH: &str = "/latest/meta-data/ram/security-credentials/";
 
 /// The instance's RAM role.
 #[derive(Debug)]
-pub struct RamRole {
+pub(crate) struct RamRole {
     /// `RoleName`.
     wanted: Option<String>,
     /// The role of this conversation. CredentialSource anew in each, since another one may have been attached.
@@ -24,8 +24,7 @@ pub struct RamRole {
 
 impl RamRole {
     /// With this role, or whichever is attached.
-    #[must_use]
-    pub const fn new(wanted: Option<String>) -> RamRole {
+    pub(crate) const fn new(wanted: Option<String>) -> RamRole {
         RamRole { wanted, role: None }
     }
 }

@@ -16,9 +16,8 @@ use std::rc::Rc;
 
 const URI: &str = "ALIBABA_CLOUD_CREDENTIALS_URI";
 
-/// A credentials URI.
 #[derive(Debug)]
-pub struct CredentialsUri {
+pub(crate) struct CredentialsUri {
     peer: Peer,
     /// Path and query, the latter of which may hold a secret.
     target: Secret,
@@ -29,7 +28,7 @@ impl CredentialsUri {
     ///
     /// # Errors
     /// When it is missing, or not a URI that can be asked. Its value is not shown.
-    pub fn find(env: &Env<'_>) -> Result<CredentialsUri, NotConfigured> {
+    pub(crate) fn find(env: &Env<'_>) -> Result<CredentialsUri, NotConfigured> {
         env.need(&[URI])?;
         let uri = env.text(URI)?.unwrap_or_default();
         parse(&uri).ok_or_else(|| {

@@ -25,8 +25,7 @@ pub enum Kv {
 }
 
 /// The stage that a client of AWS's calls so; other names are KMS's to judge.
-#[must_use]
-pub fn stage_from_aws(stage: &str) -> &str {
+pub(crate) fn stage_from_aws(stage: &str) -> &str {
     AWS_STAGES.iter().find(|(theirs, _)| *theirs == stage).map_or(stage, |(_, ours)| ours)
 }
 

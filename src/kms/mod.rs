@@ -3,5 +3,5 @@
 pub mod format;
 pub mod reply;
 pub mod request;
-pub mod retry;
+pub(crate) mod retry;
 pub mod sign;

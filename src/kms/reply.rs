@@ -21,20 +21,20 @@ pub const REQUEST_ID_BYTES_MAX: usize = 128;
 /// A reply of KMS, sorted by what to do about it.
 #[derive(Debug)]
 pub enum Reply {
-    /// The secret.
+    /// A sound reply for the secret that was asked for.
     Value(Value),
     /// A definite refusal of this secret to us: not found, no permission, disabled. Drop what is cached.
     Refused(KmsError),
     /// KMS, or something before it, fails. Try again later.
     Transient {
-        /// What KMS said.
+        /// KMS's words; status 502 and a code of ours where something else answered.
         error: KmsError,
         /// Seconds that it asks us to wait.
         retry_after_s: Option<u32>,
     },
     /// Too many calls of the whole account. Transient too.
     Throttled {
-        /// What KMS said.
+        /// KMS's words; status 502 and a code of ours where something else answered.
         error: KmsError,
         /// Seconds that it asks us to wait.
         retry_after_s: Option<u32>,
@@ -43,7 +43,7 @@ pub enum Reply {
     CredentialsRefused(KmsError),
     /// Our clock and that of KMS differ too much. Ask once more with its time.
     ClockSkew {
-        /// What KMS said.
+        /// `IllegalTimestamp` or `InvalidTimeStamp.Expired`.
         error: KmsError,
         /// Its `Date`, seconds since 1970 (UTC).
         server_unix_s: Option<i64>,
@@ -63,7 +63,6 @@ pub struct Value {
 }
 
 impl fmt::Debug for Value {
-    /// Without the body.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Value")
             .field("body_bytes", &self.body.len())
@@ -231,8 +230,7 @@ fn without_signed_text(message: &str) -> &str {
 
 /// `text` without what could forge a line of a log or deceive its reader (control, bidirectional and invisible
 /// format characters become spaces), cut at a character's end.
-#[must_use]
-pub fn printable(text: &str, bytes_max: usize) -> String {
+pub(crate) fn printable(text: &str, bytes_max: usize) -> String {
     let is_deceptive = |c: char| {
         c.is_control()
             || matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'

@@ -91,7 +91,7 @@ pub fn get_secret_value(
         headers.push(("x-acs-accesskey-id", access_key_id));
         headers.push(("x-acs-security-token", token));
     }
-    let signed = sign::sign(
+    let authorization = sign::authorization(
         &ToSign {
             method: "POST",
             path: "/",
@@ -101,7 +101,7 @@ pub fn get_secret_value(
         },
         credentials,
     );
-    headers.push(("authorization", &signed.authorization));
+    headers.push(("authorization", &authorization));
     headers.push(("accept", "application/json"));
     headers.push(("user-agent", USER_AGENT));
     headers.push(("content-length", "0"));

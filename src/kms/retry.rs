@@ -4,29 +4,28 @@ use crate::random::Random;
 use std::time::Duration;
 
 /// The first window of the exponential backoff.
-pub const BACKOFF_BASE: Duration = Duration::from_millis(500);
+pub(crate) const BACKOFF_BASE: Duration = Duration::from_millis(500);
 /// The window stops growing here.
-pub const BACKOFF_CAP: Duration = Duration::from_secs(30);
+pub(crate) const BACKOFF_CAP: Duration = Duration::from_secs(30);
 /// Tries made for a reader who has no cached value to fall back on.
-pub const TRIES_MAX: u32 = 3;
+pub(crate) const TRIES_MAX: u32 = 3;
 /// All the time such a reader waits, tries and pauses together.
-pub const READER_BUDGET: Duration = Duration::from_secs(8);
+pub(crate) const READER_BUDGET: Duration = Duration::from_secs(8);
 /// How long after a try began a reader of an expired value waits for it.
-pub const STALE_PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const STALE_PATIENCE: Duration = Duration::from_secs(1);
 /// A server's `Retry-After` is honoured up to here; a longer one is taken for a mistake.
-pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
+pub(crate) const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 
 /// The pause after `failures` failures in a row (1 or more): full jitter, so uniform from nothing to a
 /// window that doubles from [`BACKOFF_BASE`] to `cap`.
-pub fn backoff(failures: u32, cap: Duration, random: &mut Random) -> Duration {
+pub(crate) fn backoff(failures: u32, cap: Duration, random: &mut Random) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     let window = BACKOFF_BASE.saturating_mul(1 << doublings).min(cap);
     Duration::from_micros(random.up_to(u64::try_from(window.as_micros()).unwrap_or(u64::MAX)))
 }
 
 /// What a server's `Retry-After` is worth.
-#[must_use]
-pub fn retry_after(seconds: Option<u32>) -> Duration {
+pub(crate) fn retry_after(seconds: Option<u32>) -> Duration {
     Duration::from_secs(u64::from(seconds.unwrap_or(0))).min(RETRY_AFTER_MAX)
 }
 

@@ -1,6 +1,6 @@
 //! Signature V3 (`ACS3-HMAC-SHA256`), as Alibaba Cloud's "V3 request structure and signature" describes it.
 //!
-//! Pure: [`sign`] is given every header it signs, the date and the nonce among them, and adds none.
+//! Pure: [`authorization`] is given every header it signs, the date and the nonce among them, and adds none.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use crate::secret::Secret;
 use crate::text::hex;
 
 /// Name of the algorithm, as it stands in the string to sign and in `Authorization`.
-pub const ALGORITHM: &str = "ACS3-HMAC-SHA256";
+pub(crate) const ALGORITHM: &str = "ACS3-HMAC-SHA256";
 
 /// An access key, long-lived or handed out by STS.
 pub struct Credentials {
@@ -37,39 +37,24 @@ impl fmt::Debug for Credentials {
 
 /// What is signed of a request.
 #[derive(Clone, Copy)]
-pub struct ToSign<'a> {
+pub(crate) struct ToSign<'a> {
     /// `GET` or `POST`.
-    pub method: &'a str,
+    pub(crate) method: &'a str,
     /// The path as sent: encoded, `/` for OpenAPI's RPC style.
-    pub path: &'a str,
+    pub(crate) path: &'a str,
     /// The query as [`canonical_query`] makes it.
-    pub query: &'a str,
+    pub(crate) query: &'a str,
     /// Every header to sign, in any order, each name once and in lower case. At least `host` and the
     /// `x-acs-*` ones; with STS credentials `x-acs-accesskey-id` and `x-acs-security-token` too.
-    pub headers: &'a [(&'a str, &'a str)],
+    pub(crate) headers: &'a [(&'a str, &'a str)],
     /// `x-acs-content-sha256`: [`content_sha256`] of the body.
-    pub content_sha256: &'a str,
-}
-
-/// A signature and the steps that led to it: when KMS answers `SignatureDoesNotMatch`, it shows its own.
-///
-/// Not `Debug`, because the canonical request holds the security token.
-pub struct Signed {
-    /// The request in canonical form, the security token included.
-    pub canonical_request: String,
-    /// The algorithm and the hash of the canonical request.
-    pub string_to_sign: String,
-    /// 64 lower-case hex digits.
-    pub signature: String,
-    /// Value of the `Authorization` header.
-    pub authorization: String,
+    pub(crate) content_sha256: &'a str,
 }
 
 /// The query of `pairs`: encoded, sorted by name, joined by `&`; an empty value keeps its `=`.
 ///
 /// Sent like this, it is the canonical query too.
-#[must_use]
-pub fn canonical_query(pairs: &[(&str, &str)]) -> String {
+pub(crate) fn canonical_query(pairs: &[(&str, &str)]) -> String {
     let mut sorted = pairs.to_vec();
     sorted.sort_unstable();
     let mut query = String::new();
@@ -85,39 +70,42 @@ pub fn canonical_query(pairs: &[(&str, &str)]) -> String {
 }
 
 /// SHA-256 of a request's body as 64 lower-case hex digits.
-#[must_use]
-pub fn content_sha256(body: &[u8]) -> String {
+pub(crate) fn content_sha256(body: &[u8]) -> String {
     hex(digest::digest(&digest::SHA256, body).as_ref())
 }
 
-/// Signs a request.
-#[must_use]
-pub fn sign(request: &ToSign<'_>, credentials: &Credentials) -> Signed {
+/// The request in canonical form, in which the security token stands, and the names of the headers that are signed.
+fn canonical(request: &ToSign<'_>) -> (String, String) {
     let mut headers = request.headers.to_vec();
     headers.sort_unstable();
     debug_assert!(headers.iter().all(|(name, _)| !name.bytes().any(|byte| byte.is_ascii_uppercase())));
     let names: Vec<&str> = headers.iter().map(|(name, _)| *name).collect();
     let signed_headers = names.join(";");
-
-    let mut canonical_request = format!("{}\n{}\n{}\n", request.method, request.path, request.query);
+    let mut canonical = format!("{}\n{}\n{}\n", request.method, request.path, request.query);
     for (name, value) in headers {
-        canonical_request.extend([name, ":", value.trim(), "\n"]);
+        canonical.extend([name, ":", value.trim(), "\n"]);
     }
-    canonical_request.extend(["\n", &signed_headers, "\n", request.content_sha256]);
+    canonical.extend(["\n", &signed_headers, "\n", request.content_sha256]);
+    (canonical, signed_headers)
+}
 
-    let string_to_sign = format!("{ALGORITHM}\n{}", content_sha256(canonical_request.as_bytes()));
+/// What the signature is the HMAC of. When KMS answers `SignatureDoesNotMatch`, it shows its own.
+fn string_to_sign(canonical_request: &str) -> String {
+    format!("{ALGORITHM}\n{}", content_sha256(canonical_request.as_bytes()))
+}
+
+/// The `Authorization` header of a request.
+pub(crate) fn authorization(request: &ToSign<'_>, credentials: &Credentials) -> String {
+    let (canonical_request, signed_headers) = canonical(request);
     // ring keeps what it derives from the secret on the stack until this statement ends and does not wipe
     // it; the secret itself is copied nowhere.
     let signature = hex(hmac::sign(
         &hmac::Key::new(hmac::HMAC_SHA256, credentials.access_key_secret.expose()),
-        string_to_sign.as_bytes(),
+        string_to_sign(&canonical_request).as_bytes(),
     )
     .as_ref());
-    let authorization = format!(
-        "{ALGORITHM} Credential={},SignedHeaders={signed_headers},Signature={signature}",
-        credentials.access_key_id
-    );
-    Signed { canonical_request, string_to_sign, signature, authorization }
+    let id = &credentials.access_key_id;
+    format!("{ALGORITHM} Credential={id},SignedHeaders={signed_headers},Signature={signature}")
 }
 
 #[cfg(test)]
@@ -156,20 +144,18 @@ mod tests {
             assert_eq!(content_sha256, vector["headers"]["x-acs-content-sha256"].as_str().unwrap(), "{name}");
             let mut headers = pairs(&vector["headers"]);
             headers.reverse(); // Any order will do.
-            let signed = sign(
-                &ToSign {
-                    method: text("method"),
-                    path: text("path"),
-                    query: &query,
-                    headers: &headers,
-                    content_sha256: &content_sha256,
-                },
-                &credentials,
-            );
-            assert_eq!(signed.canonical_request, text("canonical_request"), "{name}");
-            assert_eq!(signed.string_to_sign, text("string_to_sign"), "{name}");
-            assert_eq!(signed.signature, text("signature"), "{name}");
-            assert_eq!(signed.authorization, text("authorization"), "{name}");
+            let request = ToSign {
+                method: text("method"),
+                path: text("path"),
+                query: &query,
+                headers: &headers,
+                content_sha256: &content_sha256,
+            };
+            let (canonical_request, _) = canonical(&request);
+            assert_eq!(canonical_request, text("canonical_request"), "{name}");
+            assert_eq!(string_to_sign(&canonical_request), text("string_to_sign"), "{name}");
+            assert_eq!(authorization(&request, &credentials), text("authorization"), "{name}");
+            assert!(text("authorization").ends_with(&format!(",Signature={}", text("signature"))), "{name}");
         }
     }
 
@@ -184,10 +170,7 @@ mod tests {
         let headers = [("x-acs-b", "  2\t"), ("host", "h")];
         let request =
             ToSign { method: "POST", path: "/", query: "", headers: &headers, content_sha256: "abc" };
-        assert_eq!(
-            sign(&request, &credentials).canonical_request,
-            "POST\n/\n\nhost:h\nx-acs-b:2\n\nhost;x-acs-b\nabc"
-        );
+        assert_eq!(canonical(&request).0, "POST\n/\n\nhost:h\nx-acs-b:2\n\nhost;x-acs-b\nabc");
         assert_eq!(canonical_query(&[("b", "2"), ("a", "3"), ("b", "1"), ("B", "")]), "B=&a=3&b=1&b=2");
         assert_eq!(format!("{credentials:?}"), "Credentials { sts: true, expires_unix_s: Some(7), .. }");
     }

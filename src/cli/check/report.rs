@@ -22,7 +22,6 @@ impl Report {
         Report { colour: io::stdout().is_terminal() && set("NO_COLOR").is_none() && !dumb, failed: false }
     }
 
-    /// The step holds.
     pub(super) fn ok(&mut self, step: &str, what: impl Display) {
         self.line("ok", GREEN, step, what);
     }
