@@ -5,7 +5,9 @@
 
 mod common;
 
-use common::{Agent, Connection, Reply, Setup, emulator, http, secret_target, wait_for, wait_until};
+use common::{
+    Agent, Connection, DEADLINE, Reply, Setup, emulator, http, secret_target, wait_for, wait_until,
+};
 use kms_emulator::Emulator;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
@@ -282,6 +284,63 @@ fn the_cap_is_the_documented_800() {
     assert_eq!(emulator.counters().gets("slow"), 1, "one call for all of them");
     drop(all);
     finish(agent);
+}
+
+#[test]
+fn at_the_cap_the_next_is_told_so_and_pings_are_answered() {
+    let emulator = emulator(&[("slow", "s"), ("a", "1")]);
+    emulator.delay_secret("slow", Duration::from_secs(2));
+    let agent = Setup::new(&emulator).key("Server", "MaxConn", 2).start();
+    agent.secret("a");
+    let mut busy = [agent.connect(), agent.connect()];
+    for connection in &mut busy {
+        connection.send(agent.head(&secret_target("slow")));
+    }
+    assert!(emulator.wait_for(DEADLINE, |counters| counters.gets("slow") == 1));
+    // Both wait once the log has nothing more to say about them; a hit would be served at once.
+    let reply = {
+        let mut reply = agent.secret("a");
+        let end = Instant::now() + Duration::from_secs(1);
+        while reply.status != 429 && Instant::now() < end {
+            reply = agent.secret("a");
+        }
+        reply
+    };
+    assert_eq!(reply.verdict(), "429 ConnectionLimitExceeded");
+    assert_eq!((reply.header("Retry-After"), reply.closes()), (Some("1"), true));
+    assert_eq!(agent.get_with("/ping", &[]).text(), "healthy");
+    for connection in &mut busy {
+        assert_eq!(connection.reply().unwrap().data(), "s");
+    }
+    // Idle keep-alive connections make room.
+    assert_eq!(agent.secret("a").verdict(), "200 HIT");
+}
+
+#[test]
+fn connections_leave_no_descriptor_behind() {
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Agent::start(&emulator);
+    let descriptors = || fs::read_dir(format!("/proc/{}/fd", agent.pid())).unwrap().count();
+    agent.secret("a");
+    wait_until("the first connection is closed", || descriptors() < 40);
+    let before = descriptors();
+    for n in 0..300 {
+        match n % 3 {
+            0 => drop(agent.connect()),
+            1 => assert_eq!(agent.secret("a").status, 200),
+            _ => assert!(agent.raw("\r\nx\r\n\r\n").starts_with(b"HTTP/1.1 400 ")),
+        }
+    }
+    wait_until("they are closed", || descriptors() <= before + 2);
+    // The same with many at a time: each has a slot of its own.
+    let mut crowd: Vec<Connection> = (0..60).map(|_| agent.connect()).collect();
+    for connection in &mut crowd {
+        connection.send(agent.head("/ping"));
+        assert_eq!(connection.reply().unwrap().status, 200);
+    }
+    assert!(descriptors() >= before + 50, "they are open at one time");
+    drop(crowd);
+    wait_until("the crowd is closed", || descriptors() <= before + 2);
 }
 
 /// 1,000 clients that are a second old, each of them sending `then` once a second: how long others wait.

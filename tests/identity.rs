@@ -6,7 +6,9 @@
 mod common;
 
 use common::{Agent, Setup, wait_until};
-use kms_emulator::{CredentialsUriFault, Emulator, IdentityFault, MetadataFault, NewSecret, Options};
+use kms_emulator::{
+    CredentialsUriFault, Emulator, IdentityFault, MetadataFault, MetadataMode, NewSecret, Options,
+};
 
 const AK_ID: &str = "LTAI5tIdentityTest";
 const AK_SECRET: &str = "hush-access-key-secret";
@@ -114,6 +116,72 @@ fn the_ram_role_is_read_once_a_renewal_and_not_once_a_call() {
     emulator.set_role(Some("Another"));
     heals(&agent);
     writes_no_credentials(&mut agent);
+}
+
+#[test]
+fn credentials_come_from_hardened_metadata() {
+    for mode in [MetadataMode::Normal, MetadataMode::Hardened] {
+        let secrets = vec![NewSecret::generic("a", "1")];
+        let emulator =
+            Emulator::start(Options { secrets, metadata_mode: mode, ..Options::default() }).unwrap();
+        let agent = Agent::start(&emulator);
+        assert_eq!(agent.secret("a").data(), "1");
+        let counters = emulator.counters();
+        assert_eq!((counters.metadata_plain_gets, counters.metadata_token_puts), (0, 1), "{mode:?}");
+        assert!(counters.metadata_hardened_gets >= 1);
+        assert_eq!(counters.credential_reads.get("EcsRamRoleKms"), Some(&1));
+    }
+}
+
+#[test]
+fn without_the_metadata_service_it_starts_and_heals() {
+    let secrets = vec![NewSecret::generic("a", "1")];
+    let fault = Some(MetadataFault::Refuse);
+    let emulator = Emulator::start(Options { secrets, metadata_fault: fault, ..Options::default() }).unwrap();
+    let agent = Agent::start(&emulator);
+    assert_eq!(agent.get_with("/ping", &[]).status, 200);
+    let address = emulator.metadata_addr().to_string();
+    for fault in
+        [MetadataFault::Refuse, MetadataFault::Status500, MetadataFault::Garbage, MetadataFault::Close]
+    {
+        emulator.set_metadata_fault(Some(fault)).unwrap();
+        let reply = agent.secret("a");
+        assert_eq!(reply.verdict(), "503 CredentialUnavailable", "{fault:?}");
+        assert!(reply.header("Retry-After").unwrap().parse::<u32>().unwrap() >= 1);
+        let message = reply.field("Message");
+        assert!(message.starts_with("metadata service: "), "{message}");
+        if fault == MetadataFault::Refuse {
+            assert!(message.contains(&address) && message.contains("refused"), "says where: {message}");
+        }
+    }
+    assert_eq!(emulator.counters().kms_requests, 0);
+    emulator.set_metadata_fault(None).unwrap();
+    wait_until("it heals by itself", || agent.secret("a").status == 200);
+}
+
+#[test]
+fn without_a_role_it_says_what_to_attach() {
+    let secrets = vec![NewSecret::generic("a", "1")];
+    let emulator = Emulator::start(Options { secrets, role: None, ..Options::default() }).unwrap();
+    let agent = Agent::start(&emulator);
+    let reply = agent.secret("a");
+    assert_eq!(reply.verdict(), "503 CredentialUnavailable");
+    assert!(reply.field("Message").contains("no RAM role is attached"), "{}", reply.text());
+    emulator.set_role(Some("Late"));
+    wait_until("it heals by itself", || agent.secret("a").status == 200);
+}
+
+#[test]
+fn credentials_that_kms_refuses_are_renewed_unnoticed() {
+    let emulator = common::emulator(&[("a", "1"), ("b", "2"), ("c", "3")]);
+    let agent = Agent::start(&emulator);
+    assert_eq!(agent.secret("a").verdict(), "200 MISS");
+    emulator.expire_credentials();
+    assert_eq!(agent.secret("b").verdict(), "200 MISS");
+    emulator.revoke_credentials();
+    assert_eq!(agent.secret("c").verdict(), "200 MISS");
+    assert_eq!(emulator.counters().signature_failures, 2);
+    assert_eq!(emulator.counters().credential_reads_total(), 3);
 }
 
 #[test]

@@ -1,21 +1,24 @@
-//! What an operator sees of the agent: `/metrics`, `/status`, the log, signals, systemd.
+//! What an operator sees of the agent: `/metrics`, `/status`, systemd, the token, the process, the log.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
 
 use common::{
-    Agent, Connection, DEADLINE, Reply, Setup, emulator, http, secret_target, tool, wait_at_most, wait_for,
-    wait_until,
+    Agent, Connection, DEADLINE, Folder, Reply, Setup, TOKEN, emulator, http, secret_target, tool,
+    wait_at_most, wait_for, wait_until,
 };
-use kms_emulator::{Emulator, KmsMode, MetadataFault, NewSecret, Options, Throttle};
+use kms_emulator::{Emulator, Fault, FaultKind, KmsMode, MetadataFault, NewSecret, Options, Throttle};
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::Write as _;
+use std::net::TcpStream;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// All samples by name and labels, as Prometheus would read them: without a token.
@@ -78,6 +81,11 @@ fn request(route: &str, result: &str) -> String {
 
 fn refusal(code: &str) -> String {
     request("gate", code)
+}
+
+/// Lets at least this much time pass, where that is what a test is about.
+fn let_pass(time: Duration) {
+    thread::sleep(time);
 }
 
 #[track_caller]
@@ -441,7 +449,7 @@ fn the_loop_itself_feeds_the_watchdog() {
 #[test]
 fn a_service_manager_that_does_not_listen_is_no_reason_to_end() {
     let emulator = emulator(&[]);
-    let gone = common::Folder::new();
+    let gone = Folder::new();
     let agent = Setup::new(&emulator).env("NOTIFY_SOCKET", gone.join("nobody")).start();
     assert_eq!(agent.get_with("/ping", &[]).status, 200);
     agent.wait_for_log("cannot tell the service manager: No such file or directory");
@@ -474,7 +482,346 @@ fn an_abstract_notify_socket_is_one_too() {
     assert!(manager.told().starts_with("READY=1\n"));
 }
 
-// ---- Log and signals ----
+// ---- The token ----
+
+#[test]
+fn the_token_may_be_the_variable_itself() {
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Setup::new(&emulator).token_value("by-value").start();
+    assert_eq!(agent.secret("a").status, 200);
+    assert_eq!(agent.get_with("/v1/a", &[("X-KMS-Token", TOKEN)]).status, 403);
+    // The first variable that is set wins.
+    let setup = Setup::new(&emulator).key("Server", "SSRFEnvVariables", r#"["FIRST", "KMS_TOKEN"]"#);
+    let agent = setup.env("FIRST", "first-wins").start();
+    assert_eq!(agent.get_with("/v1/a", &[("X-Vault-Token", "first-wins")]).status, 200);
+    assert_eq!(agent.secret("a").status, 403);
+}
+
+#[test]
+fn an_empty_token_never_matches() {
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Setup::new(&emulator).token_value(" ").start();
+    for headers in [&[][..], &[("X-KMS-Token", "")], &[("X-KMS-Token", " ")]] {
+        assert_eq!(agent.get_with("/v1/a", headers).verdict(), "403 InvalidToken");
+    }
+    assert!(agent.log().contains("the token is empty"));
+}
+
+#[test]
+fn a_new_token_works_within_a_second_and_the_old_one_no_more() {
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Agent::start(&emulator);
+    let status = |token: &str| agent.get_with("/v1/a", &[("X-KMS-Token", token)]).status;
+    assert_eq!(status(TOKEN), 200);
+    // Replaced as `token rotate` does it, by a rename, without a word to the agent.
+    let new = agent.folder.write("kmstoken.new", "second\n");
+    fs::rename(new, agent.folder.join("kmstoken")).unwrap();
+    let_pass(Duration::from_secs(1));
+    assert_eq!((status("second"), status(TOKEN)), (200, 403));
+    // With SIGHUP at once.
+    agent.folder.write("kmstoken", "  third \n");
+    agent.signal(Signal::HUP);
+    wait_until("the third token works", || status("third") == 200);
+    assert_eq!(status("second"), 403);
+    // Empty or gone: the last good one stays.
+    agent.folder.write("kmstoken", "\n");
+    agent.signal(Signal::HUP);
+    agent.wait_for_log("it is empty; the last good token stays in force");
+    assert_eq!((status("third"), status("")), (200, 403));
+    fs::remove_file(agent.folder.join("kmstoken")).unwrap();
+    let_pass(Duration::from_secs(1));
+    assert_eq!((status("third"), status("")), (200, 403));
+    let log = agent.everything_written();
+    for token in [TOKEN, "second", "third"] {
+        assert!(!log.contains(token), "{token}");
+    }
+}
+
+// ---- The process ----
+
+/// The one line that an agent with a log file writes to standard error when all is well.
+fn is_start_line(line: &str) -> bool {
+    line.starts_with("kms-agent: serving on port ")
+}
+
+#[test]
+fn sigterm_finishes_what_is_in_flight_and_exits_0() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let emulator = emulator(&[("slow", "s"), ("a", "1")]);
+        emulator.delay_secret("slow", Duration::from_millis(700));
+        let mut agent = Agent::start(&emulator);
+        let mut idle = agent.connect();
+        idle.send(agent.head(&secret_target("a")));
+        assert_eq!(idle.reply().unwrap().status, 200);
+        let mut busy = agent.connect();
+        busy.send(agent.head(&secret_target("slow")));
+        assert!(emulator.wait_for(DEADLINE, |counters| counters.gets("slow") == 1));
+        agent.signal(signal);
+        assert!(idle.is_at_end(), "idle connections end at once");
+        let answered = || {
+            emulator.requests().iter().any(|it| it.secret.as_deref() == Some("slow") && it.answered.is_some())
+        };
+        assert!(!busy.has_something() || answered(), "the other one has to wait");
+        let refused = || TcpStream::connect(("127.0.0.1", agent.port)).is_err();
+        wait_until("new connections are refused", refused);
+        let reply = busy.reply().unwrap();
+        assert_eq!((reply.data().as_str(), reply.closes()), ("s", true));
+        assert!(busy.is_at_end());
+        assert_eq!(agent.wait().code(), Some(0));
+        assert!(agent.log().contains("ended"));
+        // One line says where to look for the log; a warning would stand here too.
+        let complaints: Vec<String> =
+            agent.stderr().lines().filter(|line| !is_start_line(line)).map(str::to_owned).collect();
+        assert!(complaints.is_empty(), "{complaints:?}");
+    }
+}
+
+#[test]
+fn sigterm_does_not_wait_for_ever() {
+    let emulator = emulator(&[("slow", "s")]);
+    let agent = Agent::start(&emulator);
+    emulator.inject(Fault::new(FaultKind::Stall));
+    let mut agent = agent;
+    let mut busy = agent.connect();
+    busy.send(agent.head(&secret_target("slow")));
+    assert!(emulator.wait_for(DEADLINE, |counters| counters.gets("slow") == 1));
+    let mut trickle = agent.connect();
+    trickle.send("GET /ping HT");
+    agent.signal(Signal::TERM);
+    let reply = busy.reply().unwrap();
+    assert!([503, 504].contains(&reply.status) && reply.closes(), "{} {}", reply.status, reply.text());
+    assert_eq!(agent.wait().code(), Some(0));
+}
+
+#[test]
+fn sighup_reopens_the_log() {
+    let emulator = emulator(&[]);
+    let agent = Agent::start(&emulator);
+    let (file, moved) = (agent.folder.join("logs/kms-agent.log"), agent.folder.join("moved.log"));
+    fs::rename(&file, &moved).unwrap();
+    agent.signal(Signal::HUP);
+    wait_until("there is a new log file", || file.exists());
+    agent.get_with("/ping", &[]);
+    wait_until("it is written to", || fs::read_to_string(&file).unwrap().contains("GET /ping 200"));
+}
+
+#[test]
+fn the_log_may_go_to_standard_error() {
+    let emulator = emulator(&[("a", "1")]);
+    let agent = Setup::new(&emulator).text("Log", "LogPath", "-").start();
+    agent.secret("a");
+    wait_until("the request is logged", || {
+        agent.stderr().contains("GET /secretsmanager/get?secretId=a 200 MISS")
+    });
+    assert!(!agent.folder.join("logs").exists());
+}
+
+#[test]
+fn two_agents_live_side_by_side() {
+    let emulator = emulator(&[("a", "1")]);
+    let first = Agent::start(&emulator);
+    let second = Setup::new(&emulator).token("other-token").start();
+    for agent in [&first, &second] {
+        assert_eq!(agent.secret("a").verdict(), "200 MISS");
+        assert_eq!(agent.secret("a").verdict(), "200 HIT");
+    }
+    assert_eq!(second.get_with("/v1/a", &[("X-KMS-Token", TOKEN)]).status, 403);
+    assert_eq!(emulator.counters().gets("a"), 2);
+}
+
+#[test]
+fn what_it_cannot_start_with_is_told_in_one_line() {
+    let emulator = emulator(&[]);
+    let taken = Agent::start(&emulator);
+    let folder = Folder::new();
+    let in_the_way = folder.write("file", "");
+    let no_pem = folder.write("no.pem", "-----BEGIN NOTHING-----\n");
+    let bad_pem = folder.write("bad.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n");
+    let setup = || Setup::new(&emulator);
+    let text = |path: &std::path::Path| path.display().to_string();
+    let cases: Vec<(Setup, Vec<String>)> = vec![
+        (
+            setup().key("Server", "HttpPort", taken.port),
+            vec![format!("port {} is taken", taken.port), "HttpPort".into()],
+        ),
+        (
+            setup().token_variable(format!("file://{}", text(folder.path()))),
+            vec![text(folder.path()), "token file".into()],
+        ),
+        (
+            setup().token_variable(format!("file://{}/none", text(folder.path()))),
+            vec!["token file".into(), "No such file".into()],
+        ),
+        (
+            setup().text("KMS", "CaFile", &text(&folder.join("none"))),
+            vec!["CaFile".into(), "No such file".into()],
+        ),
+        (setup().text("KMS", "CaFile", &text(&no_pem)), vec!["CaFile".into(), text(&no_pem)]),
+        (setup().text("KMS", "CaFile", &text(&bad_pem)), vec!["CaFile".into(), text(&bad_pem)]),
+        (setup().text("Log", "LogPath", &text(&in_the_way)), vec!["LogPath".into(), text(&in_the_way)]),
+    ];
+    for (setup, parts) in cases {
+        let (code, stderr) = setup.start_in_vain();
+        assert_eq!(code, 1, "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "one line: {stderr}");
+        assert!(stderr.starts_with("kms-agent: "), "{stderr}");
+        for part in parts {
+            assert!(stderr.contains(&part), "{part}: {stderr}");
+        }
+    }
+    let (code, stderr) = setup().token_variable("file://kmstoken").start_in_vain();
+    assert!(
+        code == 2 && stderr.contains("KMS_TOKEN: file:// must be followed by an absolute path"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn all_problems_of_a_configuration_are_told_together() {
+    let emulator = emulator(&[]);
+    let config = "\
+[Server]
+HttpPort = 70000
+MaxCon = 5
+PathPrefix = \"v1\"
+[Cachee]
+CacheSize = 1
+[Cache]
+TTLSeconds = \"300\"
+CacheSize = 0
+[Log]
+LogLevel = \"verbose\"
+";
+    let (code, stderr) = Setup::new(&emulator).refused_config(config).start_in_vain();
+    assert_eq!(code, 2, "{stderr}");
+    for (line, parts) in [
+        (2, &["HttpPort", "70000", "0 to 65535"][..]),
+        (3, &["MaxCon", "did you mean MaxConn"]),
+        (4, &["PathPrefix", "v1"]),
+        (5, &["Cachee", "did you mean [Cache]"]),
+        (8, &["TTLSeconds", "0 to 604800"]),
+        (9, &["CacheSize", "1 to 1000"]),
+        (11, &["LogLevel", "verbose", "debug", "info", "warn", "error"]),
+    ] {
+        let start = format!("line {line}: ");
+        let told: Vec<&str> = stderr.lines().filter(|it| it.trim().starts_with(&start)).collect();
+        assert_eq!(told.len(), 1, "{start}{stderr}");
+        for part in parts {
+            assert!(told[0].contains(part), "{part}: {}", told[0]);
+        }
+    }
+    assert_eq!(stderr.lines().filter(|line| line.contains("line ")).count(), 7, "{stderr}");
+    let (code, stderr) = Setup::new(&emulator).refused_config("[Server\nHttpPort = 1").start_in_vain();
+    assert_eq!(code, 2);
+    assert!(stderr.contains("line 1"), "{stderr}");
+    for (code, stderr) in
+        [common::run_binary(&["run", "--config", "/nonexistent.toml"]), common::run_binary(&["serve"])]
+    {
+        assert_eq!(code, 2, "{stderr}");
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+}
+
+// ---- The log ----
+
+#[test]
+fn a_request_cannot_forge_a_line_of_the_log() {
+    let emulator = emulator(&[]);
+    let agent = Agent::start(&emulator);
+    let forged = "x%0aFORGED%20line%0d%0aSet-Cookie:%20a=b%1b%5b31m%e2%80%a8%c2%85";
+    for target in [
+        format!("/secretsmanager/get?secretId={forged}"),
+        format!("/v1/{forged}"),
+        format!("/{forged}"),
+        format!("/v1/a?{forged}=1"),
+        format!("/v1/a?versionId={forged}"),
+        format!("/v1/a?versionStage={forged}"),
+    ] {
+        let reply = agent.get(&target);
+        assert!(reply.status >= 400, "{target}");
+        assert_eq!(reply.header("Set-Cookie"), None, "{target}");
+    }
+    agent.request("GET\u{7f}", "/ping", &[]);
+    agent.get_with("/ping", &[("Host", "evil\tFORGED")]);
+    agent.wait_for_log("FORGED");
+    for line in agent.everything_written().lines() {
+        let bytes = line.as_bytes();
+        let stamped = bytes.len() > 25 && line.starts_with("20") && bytes[10] == b'T' && bytes[23] == b'Z';
+        assert!(stamped || is_start_line(line), "not a line of the agent's: {line:?}");
+        let foreign = |c: char| c.is_control() || ['\u{2028}', '\u{85}'].contains(&c);
+        assert!(!line.contains(foreign), "{line:?}");
+    }
+}
+
+#[test]
+fn nothing_secret_is_ever_written() {
+    const VALUE: &str = "value-9f2c";
+    let emulator =
+        emulator(&[("a", &format!("{VALUE}-a")), ("b", &format!("{VALUE}-b")), ("c", &format!("{VALUE}-c"))]);
+    let mut secrets: Vec<String> = vec![VALUE.into(), TOKEN.into(), "tried-9f2c".into(), "next-9f2c".into()];
+    let mut agent = Setup::new(&emulator).key("Cache", "TTLSeconds", 1).start();
+    let note_credentials = |secrets: &mut Vec<String>| {
+        let path = "/latest/meta-data/ram/security-credentials/EcsRamRoleKms";
+        let mut connection = Connection::to(emulator.metadata_addr());
+        connection.send(http::head("GET", path, &[]));
+        let reply = connection.reply().unwrap();
+        secrets.extend(["AccessKeySecret", "SecurityToken"].map(|name| reply.field(name)));
+        reply.field("SecurityToken")
+    };
+    let sts_token = note_credentials(&mut secrets);
+    // All goes well.
+    agent.secret("a");
+    agent.secret("a");
+    agent.get("/v1/b?refreshNow=true");
+    // Requests that are refused, with things in them that are nobody's business.
+    agent.get_with("/v1/a", &[("X-KMS-Token", "tried-9f2c")]);
+    agent.get_with("/v1/a", &[("X-KMS-Token", TOKEN), ("Forwarded", TOKEN)]);
+    agent.get_with("/v1/a", &[("X-KMS-Token", TOKEN), ("Host", "evil")]);
+    agent.get(&format!("/v1/a?token={TOKEN}"));
+    agent.get(&format!("/v1/a?refreshNow={TOKEN}"));
+    agent.raw(format!("GET /v1/a HTTP/1.1\r\nX-KMS-Token: {TOKEN}\r\nHost: a b\r\n\r\n"));
+    agent.raw(format!("X-KMS-Token: {TOKEN}\r\n\r\n"));
+    // KMS fails in every way, and quotes what it was sent.
+    let quoting = format!(
+        r#"{{"Code":"SignatureDoesNotMatch","Message":"not matched. server string to sign is:x-acs-security-token:{sts_token}","RequestId":"r"}}"#
+    );
+    let cut = format!(r#"{{"SecretName":"c","SecretData":"{VALUE}-c"#);
+    let stray = format!(r#"{{"SecretName":"{VALUE}","SecretData":"{VALUE}"}}"#);
+    for (status, body) in [(400, quoting), (200, cut), (200, stray), (500, format!("oops {VALUE}"))] {
+        let fault = emulator.raw_reply("c", status, body);
+        let reply = agent.secret("c");
+        assert!(reply.status >= 400 && !reply.text().contains(VALUE), "{}", reply.text());
+        assert!(!reply.text().contains(&sts_token), "{}", reply.text());
+        emulator.clear_fault(fault);
+    }
+    for kind in [FaultKind::DropAmid, FaultKind::HalfRecord, FaultKind::Bytes(VALUE.into())] {
+        emulator.inject(Fault::new(kind).times(3));
+        agent.secret("c");
+        emulator.clear_faults();
+    }
+    emulator.expire_credentials();
+    agent.get("/v1/a?refreshNow=true");
+    note_credentials(&mut secrets);
+    emulator.set_metadata_fault(Some(MetadataFault::NotSuccess)).unwrap();
+    emulator.revoke_credentials();
+    agent.get("/v1/b?refreshNow=true");
+    emulator.set_metadata_fault(None).unwrap();
+    agent.folder.write("kmstoken", "next-9f2c");
+    agent.signal(Signal::HUP);
+    agent.wait_for_log("the token has changed");
+    assert_eq!(agent.stop().code(), Some(0));
+
+    let written = agent.everything_written();
+    for proof in
+        ["GET /v1/b 200 REFRESH", "InvalidToken", "KMS GetSecretValue", "SignatureDoesNotMatch", "ended"]
+    {
+        assert!(written.contains(proof), "{proof} is missing, so this proves little:\n{written}");
+    }
+    assert!(secrets.len() == 8 && secrets.iter().all(|it| it.len() >= 9), "{secrets:?}");
+    for secret in secrets {
+        assert!(!written.contains(&secret), "{secret} is in\n{written}");
+    }
+}
 
 #[test]
 fn a_file_size_limit_is_survived_as_a_full_disk_is() {
@@ -508,7 +855,7 @@ fn a_standard_error_that_nobody_reads_any_more_is_survived() {
 #[test]
 fn a_standard_error_that_takes_nothing_stops_no_start() {
     let emulator = emulator(&[("a", "1")]);
-    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
     let setup = Setup::new(&emulator);
     let config = setup.folder.write("again.toml", setup.config());
     let agent = setup.stderr_to(full()).start();
@@ -522,7 +869,7 @@ fn a_standard_error_that_takes_nothing_stops_no_start() {
 fn a_removed_log_folder_is_survived_and_told() {
     let emulator = emulator(&[("a", "1")]);
     let agent = Agent::start(&emulator);
-    std::fs::remove_dir_all(agent.folder.join("logs")).unwrap();
+    fs::remove_dir_all(agent.folder.join("logs")).unwrap();
     // Landlock forbids to make it again; without Landlock it is made again.
     wait_until("standard error says it, or there is a new one", || {
         assert_eq!(agent.secret("a").data(), "1");

@@ -6,7 +6,8 @@ mod common;
 
 use common::*;
 use kms_emulator::{
-    BadCertificate, Emulator, Fault, FaultKind, KmsMode, MetadataFault, NewSecret, Options, Service,
+    BadCertificate, Emulator, Fault, FaultKind, Framing, KmsMode, MetadataFault, NewSecret, Options,
+    RawReply, Service,
 };
 use std::sync::Barrier;
 use std::thread;
@@ -870,4 +871,147 @@ fn a_certificate_that_must_not_be_trusted_is_an_error() {
     for line in told {
         println!("{line}");
     }
+}
+
+#[test]
+fn connections_to_kms_are_used_again() {
+    let emulator = emulator(&[("a", "1"), ("b", "2"), ("c", "3")]);
+    let agent = Agent::start(&emulator);
+    for name in ["a", "b", "missing", "c"] {
+        agent.secret(name);
+    }
+    let counters = emulator.counters();
+    assert_eq!((counters.kms_accepted, counters.tls_handshakes, counters.kms_requests), (1, 1, 4));
+}
+
+#[test]
+fn a_pooled_connection_that_died_is_replaced_unnoticed() {
+    for kind in [FaultKind::DropBefore, FaultKind::Reset] {
+        let emulator = emulator(&[("a", "1"), ("b", "2")]);
+        let agent = Agent::start(&emulator);
+        agent.secret("a");
+        emulator.inject(Fault::new(kind.clone()).times(1));
+        assert_eq!(agent.secret("b").verdict(), "200 MISS", "{kind:?}");
+        assert_eq!(emulator.counters().gets("b"), 2, "{kind:?}");
+        let connections: Vec<u64> = emulator
+            .requests()
+            .iter()
+            .filter(|it| it.service == Service::Kms)
+            .map(|it| it.connection)
+            .collect();
+        assert!(
+            connections[0] == connections[1] && connections[1] != connections[2],
+            "{kind:?}: the pool's, then a fresh one: {connections:?}"
+        );
+        // No failure, so no pause either.
+        assert!(!agent.log().contains("WARN"), "{}", agent.log());
+    }
+}
+
+#[test]
+fn connections_that_kms_closes_while_idle_are_replaced() {
+    let emulator = emulator(&[("a", "1"), ("b", "2")]);
+    let agent = Agent::start(&emulator);
+    agent.secret("a");
+    emulator.close_kms_connections();
+    assert_eq!(agent.secret("b").verdict(), "200 MISS");
+    let counters = emulator.counters();
+    assert_eq!((counters.kms_accepted, counters.tls_resumed), (2, 1), "and the TLS session is resumed");
+}
+
+#[test]
+fn replies_in_any_framing_are_taken() {
+    let raw = |framing, interim: &[u16]| {
+        let headers = Vec::new();
+        FaultKind::Reply(RawReply { status: None, body: None, headers, framing, interim: interim.into() })
+    };
+    let length = || Framing::ContentLength;
+    let large = "L".repeat(30_000);
+    let cases = [
+        ("chunked", raw(Framing::Chunked(1), &[])),
+        ("chunked-7", raw(Framing::Chunked(7), &[])),
+        ("until-close", raw(Framing::UntilClose, &[])),
+        ("interim", raw(length(), &[100, 103])),
+        ("interim-chunked", raw(Framing::Chunked(5000), &[102])),
+        ("dropped-after", FaultKind::DropAfter),
+    ];
+    let names: Vec<(&str, &str)> = cases.iter().map(|(name, _)| (*name, large.as_str())).collect();
+    let emulator = emulator(&names);
+    let agent = Agent::start(&emulator);
+    for (name, kind) in cases {
+        let fault = emulator.inject(Fault::new(kind).for_secret(name));
+        let reply = agent.secret(name);
+        assert_eq!((reply.verdict().as_str(), reply.data() == large), ("200 MISS", true), "{name}");
+        assert_eq!(agent.secret(name).body, reply.body, "{name}");
+        assert_eq!(emulator.fault_hits(fault), 1, "{name}: asked once");
+    }
+}
+
+#[test]
+fn unusable_replies_are_502_and_not_cached() {
+    let value = |name: &str, data: &str| format!(r#"{{"SecretName":"{name}","SecretData":"{data}"}}"#);
+    let reply = |body: Vec<u8>, framing| {
+        let (status, body) = (Some(200), Some(body));
+        FaultKind::Reply(RawReply { status, body, headers: Vec::new(), framing, interim: Vec::new() })
+    };
+    let plain = |body: &str| reply(body.into(), Framing::ContentLength);
+    let too_large = value("too-large", &"x".repeat(129 * 1024)).into_bytes();
+    let too_large_chunked = value("too-large-chunked", &"x".repeat(129 * 1024)).into_bytes();
+    let too_large_endless = value("too-large-endless", &"x".repeat(129 * 1024)).into_bytes();
+    let cases = [
+        ("no-json", plain("<html>Welcome to the hotel's network</html>")),
+        ("empty", plain("")),
+        ("an-array", plain("[1]")),
+        ("half-json", plain(r#"{"SecretName":"half-json","SecretData":"xyzzy-"#)),
+        ("another", plain(&value("other", "xyzzy"))),
+        ("no-data", plain(r#"{"SecretName":"no-data"}"#)),
+        ("no-text", plain(r#"{"SecretName":"no-text","SecretData":{"a":1}}"#)),
+        ("too-large", reply(too_large, Framing::ContentLength)),
+        ("too-large-chunked", reply(too_large_chunked, Framing::Chunked(4096))),
+        ("too-large-endless", reply(too_large_endless, Framing::UntilClose)),
+        ("cut-off", FaultKind::DropAmid),
+        ("false-length", reply(value("false-length", "x").into(), Framing::FalseLength(4000))),
+        ("not-http", FaultKind::Bytes(b"SSH-2.0-OpenSSH_9.9\r\n\r\n".to_vec())),
+        (
+            "not-utf8",
+            reply(b"{\"SecretName\":\"not-utf8\",\"SecretData\":\"\xff\"}".to_vec(), Framing::ContentLength),
+        ),
+    ];
+    let names: Vec<(&str, &str)> = cases.iter().map(|(name, _)| (*name, "right")).collect();
+    let emulator = emulator(&names);
+    let agent = Agent::start(&emulator);
+    for (name, kind) in cases {
+        let fault = emulator.inject(Fault::new(kind).for_secret(name));
+        let reply = agent.secret(name);
+        assert_eq!(reply.verdict(), "502 UpstreamInvalidResponse", "{name}");
+        assert!(!reply.field("Message").is_empty() && !reply.text().contains("xyzzy"), "{}", reply.text());
+        assert!(emulator.fault_hits(fault) >= 1);
+        emulator.clear_fault(fault);
+        let reply = agent.secret(name);
+        assert_eq!((reply.verdict().as_str(), reply.data().as_str()), ("200 MISS", "right"), "{name}");
+    }
+    assert!(!agent.everything_written().contains("xyzzy"), "what KMS sent stays out of the log");
+}
+
+#[test]
+fn a_reply_of_almost_the_largest_size_passes() {
+    let emulator = emulator(&[]);
+    let body = format!(r#"{{"SecretName":"big","SecretData":"{}"}}"#, "x".repeat(127 * 1024));
+    emulator.raw_reply("big", 200, body.clone());
+    let agent = Agent::start(&emulator);
+    for expected in ["200 MISS", "200 HIT"] {
+        let reply = agent.secret("big");
+        assert_eq!((reply.verdict().as_str(), reply.body == body.as_bytes()), (expected, true));
+    }
+}
+
+#[test]
+fn a_wrong_clock_is_corrected_by_that_of_kms() {
+    let emulator = emulator(&[("a", "1"), ("b", "2")]);
+    emulator.set_clock_offset(3 * 3600);
+    let agent = Agent::start(&emulator);
+    assert_eq!(agent.secret("a").verdict(), "200 MISS");
+    assert_eq!(agent.secret("b").verdict(), "200 MISS");
+    assert_eq!(emulator.counters().signature_failures, 1, "once is enough");
+    assert!(agent.log().contains("clock"));
 }

@@ -1,15 +1,20 @@
 //! The TLS pump (`conn::tls`) and a whole call over it (`conn::outbound`), against a rustls server in memory:
-//! no socket and no clock, so that every byte can be cut off from the next.
+//! no socket and no clock, so that every byte can be cut off from the next. At the end, what the real binary trusts.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod common;
+
+use common::{Agent, Setup, emulator, wait_until};
 use kms_agent::call::{Call, CallErrorKind, CallId, Service};
 use kms_agent::config::HostPort;
 use kms_agent::conn::outbound::{Outbound, Step};
 use kms_agent::conn::tls::{Tls, client_config};
 use kms_agent::http::response::Response;
 use kms_agent::time::Mono;
+use kms_emulator::{BadCertificate, KmsMode};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
+use rustix::process::Signal;
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -17,6 +22,7 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{
     ClientConfig, HandshakeKind, NamedGroup, ServerConfig, ServerConnection, SupportedProtocolVersion,
 };
+use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -835,4 +841,56 @@ fn the_metadata_service_is_spoken_to_in_the_clear() {
     outbound.on_bytes(b"HTTP/1.1 200 OK\r\n\r\nrole", at_ms(1));
     let Step::Replied { response, close: true, .. } = outbound.on_end(None, at_ms(2)) else { panic!() };
     assert_eq!(*response.body, b"role");
+}
+
+// ---- What the binary trusts ----
+
+#[test]
+fn a_certificate_that_does_not_verify_stops_everything() {
+    for (certificate, words) in [
+        (BadCertificate::OtherCa, "certificate"),
+        (BadCertificate::SelfSigned, "certificate"),
+        (BadCertificate::WrongName, "not valid for"),
+        (BadCertificate::Expired, "expired"),
+    ] {
+        let emulator = emulator(&[("a", "1")]);
+        emulator.set_kms_mode(KmsMode::Certificate(certificate)).unwrap();
+        let agent = Agent::start(&emulator);
+        let reply = agent.secret("a");
+        assert_eq!(reply.verdict(), "502 UpstreamUnreachable", "{certificate:?}");
+        let message = reply.field("Message");
+        let address = emulator.kms_addr().to_string();
+        for part in [words, "the server's certificate does not verify", &address] {
+            assert!(message.contains(part), "{certificate:?}: {message}");
+        }
+        let counters = emulator.counters();
+        assert_eq!((counters.kms_requests, counters.tls_handshakes), (0, 0), "{certificate:?}: nothing sent");
+        assert!(counters.tls_failed > 0);
+        emulator.set_kms_mode(KmsMode::Normal).unwrap();
+        assert_eq!(agent.secret("a").verdict(), "200 MISS", "{certificate:?}: it heals");
+    }
+}
+
+#[test]
+fn without_the_ca_file_nothing_private_is_trusted_and_sighup_reads_a_new_one() {
+    let emulator = emulator(&[("a", "1")]);
+    let other = common::emulator(&[]);
+    let setup = Setup::new(&emulator);
+    let ca_file = setup.folder.write("ca.pem", other.ca_pem());
+    let agent = setup.start();
+    assert_eq!(agent.secret("a").verdict(), "502 UpstreamUnreachable");
+    // A broken file changes nothing, and says so.
+    fs::write(&ca_file, "no certificate\n").unwrap();
+    agent.signal(Signal::HUP);
+    agent.wait_for_log("what was trusted before stays trusted");
+    assert_eq!(agent.secret("a").verdict(), "502 UpstreamUnreachable");
+    assert_eq!(emulator.counters().kms_requests, 0);
+    fs::write(&ca_file, emulator.ca_pem()).unwrap();
+    agent.signal(Signal::HUP);
+    wait_until("the new CA is trusted", || agent.secret("a").status == 200);
+
+    let agent = Setup::new(&emulator).without("KMS", "CaFile").start();
+    let reply = agent.secret("a");
+    assert_eq!(reply.verdict(), "502 UpstreamUnreachable");
+    assert!(reply.field("Message").contains("CaFile"), "says what to set: {}", reply.text());
 }
