@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{Agent, Folder, Setup, TOKEN, curl, emulator, python_with, tool};
+use common::{Agent, Folder, Setup, TOKEN, can_open_files, command, emulator, python_with, tool};
 use kms_emulator::{Emulator, NewSecret};
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -39,10 +39,6 @@ fn token_file(agent: &Agent) -> String {
 
 /// Exit code, standard output, standard error.
 fn run(command: &mut Command, input: &str) -> (Option<i32>, String, String) {
-    // A proxy would be asked instead of the agent, by those that heed these.
-    for proxy in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"] {
-        command.env_remove(proxy);
-    }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("the program starts");
     // Most do not read it at all.
@@ -68,9 +64,9 @@ fn kms() -> (Emulator, Agent) {
 /// What holds for each of `examples/clients`. `data` takes the value out of what was printed.
 #[track_caller]
 fn check_example(program: &[&OsStr], data: fn(&str) -> String) {
-    let (_emulator, agent) = kms();
+    let (_emulator, mut agent) = kms();
     let ask = |name: &str, token: &str| {
-        let mut command = Command::new(program[0]);
+        let mut command = command(program[0]);
         command.args(&program[1..]).arg(name).env("KMS_AGENT", url(&agent)).env("KMS_TOKEN", token);
         run(&mut command, "")
     };
@@ -92,10 +88,9 @@ fn check_example(program: &[&OsStr], data: fn(&str) -> String) {
         assert!(!said.contains(TOKEN), "{said}");
     }
     // Nobody there.
-    let gone = agent.port;
-    drop(agent);
-    let mut command = Command::new(program[0]);
-    command.args(&program[1..]).arg("a").env("KMS_AGENT", format!("http://localhost:{gone}"));
+    let _nobody = agent.stop_and_hold_port();
+    let mut command = command(program[0]);
+    command.args(&program[1..]).arg("a").env("KMS_AGENT", url(&agent));
     let (code, stdout, stderr) = run(command.env("KMS_TOKEN", TOKEN), "");
     assert!(code != Some(0) && stdout.is_empty() && !stderr.is_empty(), "{stdout}{stderr}");
     // No stack trace for that.
@@ -108,7 +103,7 @@ fn line(stdout: &str) -> String {
 
 #[test]
 fn example_in_curl() {
-    let (Some(sh), Some(_)) = (tool("sh"), curl()) else { return };
+    let (Some(sh), Some(_)) = (tool("sh"), tool("curl")) else { return };
     check_example(&[sh.as_os_str(), example("curl/get-secret").as_os_str()], |stdout| {
         let reply: serde_json::Value = serde_json::from_str(stdout).expect(stdout);
         reply["SecretData"].as_str().unwrap().to_owned()
@@ -131,7 +126,7 @@ fn example_in_node() {
 fn java(source: &Path, folder: &Folder) -> Option<(PathBuf, String)> {
     let (java, javac) = (tool("java")?, tool("javac")?);
     let (code, _, stderr) =
-        run(Command::new(javac).args(["-Xlint:all", "-Werror", "-d"]).arg(folder.path()).arg(source), "");
+        run(command(javac).args(["-Xlint:all", "-Werror", "-d"]).arg(folder.path()).arg(source), "");
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
     Some((java, folder.path().display().to_string()))
 }
@@ -155,13 +150,17 @@ fn go(source: &Path, folder: &Folder) -> Option<PathBuf> {
         true => (source, "."),
         false => (source.parent().unwrap(), source.file_name().unwrap().to_str().unwrap()),
     };
-    let mut command = Command::new(go);
+    let mut command = command(go);
     // The standard library is all they need: nothing is to be fetched.
     command
         .current_dir(inside)
+        .env("GOENV", "off")
         .env("GOPROXY", "off")
         .env("GOFLAGS", "-buildvcs=false")
         .env("CGO_ENABLED", "0");
+    if std::env::var_os("HOME").is_none() {
+        command.env("GOCACHE", folder.join("cache")).env("GOPATH", folder.join("path"));
+    }
     let (code, _, stderr) = run(command.args(["build", "-o"]).arg(&program).arg(what), "");
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
     Some(program)
@@ -177,17 +176,17 @@ fn go_clients() {
     };
     check_example(&[documented.as_os_str()], line);
     let (_emulator, agent) = kms();
-    expect_ok(Command::new(many).args([url(&agent), TOKEN.to_owned()]), "");
+    expect_ok(command(many).args([url(&agent), TOKEN.to_owned()]), "");
 }
 
 #[test]
 fn curl_asks_as_people_do() {
-    let Some(curl) = curl() else { return };
+    let Some(curl) = tool("curl") else { return };
     let (emulator, agent) = kms();
     let port = agent.port;
     let token = format!("X-KMS-Token: {TOKEN}");
     let ask = |arguments: &[&str], path: &str| {
-        let mut command = Command::new(&curl);
+        let mut command = command(&curl);
         command.args([
             "-q",
             "-sS",
@@ -229,7 +228,7 @@ fn curl_asks_as_people_do() {
     assert!(ask(&["-I"], "/ping").contains("Content-Length: 7\r\n"));
     // As a proxy: absolute-form.
     let through = format!("http://127.0.0.1:{port}");
-    let mut command = Command::new(&curl);
+    let mut command = command(&curl);
     command.args([
         "-q",
         "-sS",
@@ -250,13 +249,13 @@ fn curl_asks_as_people_do() {
 fn python_with_requests_and_urllib() {
     let Some(python) = python_with("requests") else { return };
     let (emulator, agent) = kms();
-    expect_ok(Command::new(python).arg(script("kms.py")).args([url(&agent), token_file(&agent)]), "");
+    expect_ok(command(python).arg(script("kms.py")).args([url(&agent), token_file(&agent)]), "");
     assert_eq!(emulator.counters().gets("a"), 1);
 }
 
 #[test]
 fn node_with_fetch() {
-    let Some(node) = tool("node") else { return };
+    let Some(node) = tool("node").filter(|_| can_open_files(1_000)) else { return };
     let (emulator, agent) = kms();
     let mut hosts = vec!["localhost", "127.0.0.1"];
     if std::net::TcpListener::bind("[::1]:0").is_ok() {
@@ -268,7 +267,7 @@ fn node_with_fetch() {
             let node = &node;
             // `verbatim`: ::1 comes first wherever the host's resolver says so.
             scope.spawn(move || {
-                let mut command = Command::new(node);
+                let mut command = command(node);
                 command.arg("--dns-result-order=verbatim").arg(script("fetch.mjs")).args([&address, TOKEN]);
                 expect_ok(&mut command, "");
             });
@@ -282,7 +281,7 @@ fn java_with_http_client() {
     let folder = Folder::new();
     let Some((java, classes)) = java(&script("Many.java"), &folder) else { return };
     let (emulator, agent) = kms();
-    let mut command = Command::new(java);
+    let mut command = command(java);
     expect_ok(command.args(JAVA).args([&classes, "Many", &url(&agent), TOKEN]), "");
     assert_eq!(emulator.counters().gets("a"), 1);
 }
@@ -295,7 +294,7 @@ fn applications_of_the_aws_agent() {
     emulator.create_secret(NewSecret::binary("binary", "AAEC")).unwrap();
     let setup = Setup::new(&emulator).key("Server", "ResponseType", 1);
     let agent = setup.key("Server", "SSRFHeaders", "[\"X-Aws-Parameters-Secrets-Token\"]").start();
-    let mut command = Command::new(python);
+    let mut command = command(python);
     expect_ok(command.arg(script("aws.py")).args([url(&agent), token_file(&agent)]), &emulator.arn("db"));
 }
 
@@ -318,5 +317,5 @@ fn applications_of_vault() {
     emulator.fail_secret("disabled", 409, "Rejected.Disabled");
     emulator.raw_reply("unusable", 200, "[]");
     let agent = Setup::new(&emulator).key("Server", "ResponseType", 2).start();
-    expect_ok(Command::new(python).arg(script("kv.py")).args([url(&agent), token_file(&agent)]), "");
+    expect_ok(command(python).arg(script("kv.py")).args([url(&agent), token_file(&agent)]), "");
 }

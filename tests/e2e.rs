@@ -8,9 +8,7 @@
 
 mod common;
 
-use common::{
-    Agent, Connection, Reply, Setup, TOKEN, curl, emulator, http, python, run, secret_target, wait_until,
-};
+use common::{Agent, Connection, Reply, Setup, TOKEN, emulator, http, run, secret_target, tool, wait_until};
 use kms_emulator::{Emulator, Service};
 use std::collections::BTreeSet;
 use std::fs;
@@ -42,22 +40,21 @@ const ODD_REPLY: &str = "{ \"Extra\" : [1, 2.50, {\"x\": null}],\n\t\"SecretData
 
 #[test]
 fn the_documented_curl_line_gets_the_reply_of_kms_byte_for_byte() {
-    let (Some(_), Some(sh)) = (curl(), common::tool("sh")) else { return };
+    let (Some(_), Some(sh)) = (tool("curl"), tool("sh")) else { return };
     let emulator = emulator(&[("agent-test", "hello")]);
     emulator.raw_reply("agent-test", 200, ODD_REPLY);
     let agent = Agent::start(&emulator);
-    let (file, port) = (agent.folder.join("kmstoken"), agent.port);
+    let port = agent.port;
     for expected in ["MISS", "HIT", "HIT"] {
-        let head = agent.folder.join("head");
+        // Not with the options of a `.curlrc`.
         let line = format!(
-            "curl -sS --fail -D {} -H \"X-KMS-Token: $(cat {})\" \
+            "HOME='{0}' curl -sS --fail -D '{0}/head' -H \"X-KMS-Token: $(cat '{0}/kmstoken')\" \
              'http://localhost:{port}/secretsmanager/get?secretId=agent-test'",
-            head.display(),
-            file.display()
+            agent.folder.path().display(),
         );
         let body = run(&sh, &["-c", &line]);
         assert_eq!(String::from_utf8(body).unwrap(), ODD_REPLY);
-        let head = fs::read_to_string(head).unwrap();
+        let head = fs::read_to_string(agent.folder.join("head")).unwrap();
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
         assert!(head.contains(&format!("\r\nX-Cache: {expected}\r\n")), "{expected}: {head}");
     }
@@ -67,7 +64,7 @@ fn the_documented_curl_line_gets_the_reply_of_kms_byte_for_byte() {
 
 #[test]
 fn curl_reaches_it_by_every_name_of_loopback_and_by_path() {
-    let Some(curl) = curl() else { return };
+    let Some(curl) = tool("curl") else { return };
     let emulator = emulator(&[("agent-test", "hello"), ("team/db", "nested")]);
     let agent = Agent::start(&emulator);
     let token = format!("X-Vault-Token: {TOKEN}");
@@ -82,27 +79,29 @@ fn curl_reaches_it_by_every_name_of_loopback_and_by_path() {
             ("v1/team/db?versionStage=ACSCurrent", "nested"),
         ] {
             let url = format!("http://{host}:{}/{path}", agent.port);
-            let body = run(&curl, &["-sS", "-g", "--fail", "-H", &token, &url]);
+            let body = run(&curl, &["-q", "-sS", "-g", "--fail", "-H", &token, &url]);
             let reply: serde_json::Value = serde_json::from_slice(&body).unwrap();
             assert_eq!(reply["SecretData"], data, "{url}");
         }
         let url = format!("http://{host}:{}/ping", agent.port);
-        assert_eq!(run(&curl, &["-sS", "-g", "--fail", &url]), b"healthy", "{url}");
+        assert_eq!(run(&curl, &["-q", "-sS", "-g", "--fail", &url]), b"healthy", "{url}");
     }
     assert_eq!((gets(&emulator, "agent-test"), gets(&emulator, "team/db")), (1, 1));
     // Two URLs in one command are one connection; -I is HEAD.
     let url = format!("http://127.0.0.1:{}/v1/agent-test", agent.port);
     let format = "%{http_code} %{num_connects}\n";
-    let twice =
-        run(&curl, &["-sS", "-o", "/dev/null", "-o", "/dev/null", "-w", format, "-H", &token, &url, &url]);
+    let twice = run(
+        &curl,
+        &["-q", "-sS", "-o", "/dev/null", "-o", "/dev/null", "-w", format, "-H", &token, &url, &url],
+    );
     assert_eq!(String::from_utf8(twice).unwrap(), "200 1\n200 0\n");
-    let head = String::from_utf8(run(&curl, &["-sS", "-I", "-H", &token, &url])).unwrap();
+    let head = String::from_utf8(run(&curl, &["-q", "-sS", "-I", "-H", &token, &url])).unwrap();
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("X-Cache: HIT"), "{head}");
 }
 
 #[test]
 fn python_gets_values_and_errors() {
-    let Some(python) = python() else { return };
+    let Some(python) = tool("python3") else { return };
     let emulator = emulator(&[("agent-test", "old"), ("käse/1", "grün")]);
     emulator.put_secret("agent-test", "new");
     let agent = Agent::start(&emulator);

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Folder, Setup, emulator, secret_target, wait_until};
+use common::{Folder, Setup, command, emulator, host, secret_target, skip, tool, wait_until};
 use kms_agent::harden::{Files, Harden};
 use kms_emulator::{Emulator, NewSecret, Options};
 use rustix::fs::MemfdFlags;
@@ -26,9 +26,10 @@ const TRIAL: &str = "KMS_AGENT_TEST_TRIAL";
 
 /// Runs the one test `name` of this file again, in a process that it may harden; gives how that ended.
 fn in_a_child(name: &str, trial: &str, folder: &Path) -> (ExitStatus, String) {
-    let output = Command::new(std::env::current_exe().unwrap())
+    let output = command(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(TRIAL, trial)
+        .env(host::RECORD, host::record())
         .current_dir(folder)
         .output()
         .unwrap();
@@ -108,7 +109,7 @@ fn other_files_than_the_agents_own_are_out_of_reach() {
     let mut harden = Harden::default();
     harden.restrict_files(&files);
     if let Some(why) = harden.missing().first() {
-        eprintln!("skipped: {why}");
+        skip(why);
         return;
     }
     assert_eq!(fs::read_to_string("token/kmstoken").unwrap(), "linked to");
@@ -133,10 +134,10 @@ fn other_files_than_the_agents_own_are_out_of_reach() {
 fn names_are_resolved_by_files_that_are_linked_out_of_etc() {
     let name = "names_are_resolved_by_files_that_are_linked_out_of_etc";
     if trial().is_none() {
-        let Some(unshare) = common::tool("unshare") else { return };
-        let try_it = Command::new(&unshare).args(["-m", "mount", "-t", "tmpfs", "none", "/etc"]).output();
+        let Some(unshare) = tool("unshare") else { return };
+        let try_it = command(&unshare).args(["-m", "mount", "-t", "tmpfs", "none", "/etc"]).output();
         if !try_it.is_ok_and(|output| output.status.success()) {
-            eprintln!("skipped: no mount namespaces here");
+            skip("no mount namespaces here");
             return;
         }
         let folder = Folder::new();
@@ -145,7 +146,7 @@ fn names_are_resolved_by_files_that_are_linked_out_of_etc() {
         // An /etc of its own.
         let script =
             r#"mount -t tmpfs none /etc && ln -s "$PWD/hosts" "$PWD/nsswitch.conf" /etc && exec "$0" "$@""#;
-        let output = Command::new(unshare)
+        let output = command(unshare)
             .args(["-m", "sh", "-c", script])
             .arg(std::env::current_exe().unwrap())
             .args(["--exact", name, "--nocapture", "--test-threads=1"])
@@ -284,17 +285,17 @@ fn a_kubernetes_volume_that_is_published_anew_can_still_be_read() {
 /// `packaging/systemd/kms-agent.service` with what it names in place, so that only the unit itself is judged.
 #[test]
 fn the_unit_file_is_sound_and_exposes_little() {
-    let Some(analyze) = common::tool("systemd-analyze") else { return };
+    let Some(analyze) = tool("systemd-analyze") else { return };
     let unit = include_str!("../packaging/systemd/kms-agent.service")
         .replace("/usr/local/alibabacloudkmsagent/bin/kms-agent", env!("CARGO_BIN_EXE_kms-agent"));
     let folder = Folder::new();
     let unit = folder.write("kms-agent.service", unit).display().to_string();
-    let output = Command::new(&analyze).args(["verify", "--man=no", &unit]).output().unwrap();
+    let output = command(&analyze).args(["verify", "--man=no", &unit]).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success() && !said.contains("kms-agent.service"), "{said}");
     // In tenths: 1.0.
     let security = ["security", "--offline=yes", "--no-pager", "--threshold=10", &unit];
-    let output = Command::new(&analyze).args(security).output().unwrap();
+    let output = command(&analyze).args(security).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let exposed: Vec<&str> = said.lines().filter(|line| !line.starts_with('\u{2713}')).collect();
     assert!(output.status.success(), "{exposed:#?}");
@@ -362,7 +363,7 @@ fn what_is_evicted_rotated_or_renewed_leaves_no_trace_in_memory() {
     connection.send(second);
     assert_eq!(connection.reply().unwrap().status, 200);
     if fs::File::open(format!("/proc/{pid}/mem")).is_err() {
-        eprintln!("skipped: the agent is not dumpable, so only root may look into its memory");
+        skip("the agent is not dumpable, so only root may look into its memory");
         return;
     }
     let credentials = credentials(&emulator);

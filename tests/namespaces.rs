@@ -8,13 +8,12 @@
 
 mod common;
 
-use common::{Connection, Reply, Setup, http, python_with, tool, wait_until};
+use common::{Connection, Reply, Setup, command, http, python_with, skip, tool, wait_until};
 use kms_emulator::{Emulator, MetadataMode, NewSecret, Options};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::{self, File};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::{panic, thread};
@@ -53,7 +52,7 @@ impl Lab {
         let lab = Lab { ip, instance, cloud, _turn: turn };
         for namespace in [&lab.instance, &lab.cloud] {
             if let Err(why) = lab.ip(&format!("netns add {namespace}")) {
-                eprintln!("skipped: no network namespaces here: {}", why.trim());
+                skip(&format!("no network namespaces here: {why}"));
                 return None;
             }
         }
@@ -86,7 +85,7 @@ impl Lab {
 
     /// What `ip` said; an error is what it said of that.
     fn ip(&self, arguments: &str) -> Result<String, String> {
-        let output = Command::new(&self.ip).args(arguments.split(' ')).stdin(Stdio::null()).output().unwrap();
+        let output = command(&self.ip).args(arguments.split(' ')).output().unwrap();
         match output.status.success() {
             true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
             false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
@@ -177,9 +176,7 @@ fn the_official_credentials_provider_reads_the_metadata() {
             emulator.set_metadata_mode(mode);
             emulator.reset_counters();
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/credentials.py");
-            let mut command = Command::new(&python);
-            command.arg(script).arg(argument).env_clear().env("HOME", "/nonexistent").stdin(Stdio::null());
-            let output = command.output().unwrap();
+            let output = command(&python).arg(script).arg(argument).output().unwrap();
             let stderr = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{stderr}");
             let stdout = String::from_utf8(output.stdout).unwrap();

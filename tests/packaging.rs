@@ -5,12 +5,11 @@
 
 mod common;
 
-use common::{Folder, Setup, binary, emulator, run, tool};
+use common::{Folder, Setup, binary, command, emulator, run, tool};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 const HOME: &str = "usr/local/alibabacloudkmsagent";
 /// What hosts run; bash scripts are for those who build and test.
@@ -45,9 +44,8 @@ fn text(name: &str) -> String {
 
 /// A script of `packaging/` with these arguments and variables; gives exit code and all it said.
 fn script(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> (i32, String) {
-    let mut command = Command::new("sh");
-    command.arg(packaging(name)).args(arguments).env_clear().env("PATH", std::env::var_os("PATH").unwrap());
-    command.envs(variables.iter().copied()).stdin(Stdio::null());
+    let mut command = command("sh");
+    command.arg(packaging(name)).args(arguments).envs(variables.iter().copied());
     let output = command.output().expect("sh starts");
     let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
     (output.status.code().expect("an exit code"), said)
@@ -127,7 +125,7 @@ fn scripts_are_clean() {
     let Some(shellcheck) = tool("shellcheck") else { return };
     let paths: Vec<PathBuf> = HOST_SCRIPTS.iter().chain(&BUILD_SCRIPTS).map(|name| packaging(name)).collect();
     let paths: Vec<&str> = paths.iter().map(|path| path.to_str().unwrap()).collect();
-    let output = Command::new(shellcheck).args(paths).output().unwrap();
+    let output = command(shellcheck).args(paths).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
@@ -339,8 +337,7 @@ fn whoever_calls_it_files_are_the_same() {
         packaging("install.sh").display(),
         binary().display()
     );
-    let output =
-        Command::new("sh").args(["-c", &line]).env_clear().env("PATH", "/usr/bin:/bin").output().unwrap();
+    let output = command("sh").args(["-c", &line]).env_clear().env("PATH", "/usr/bin:/bin").output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for (name, mode) in [
         (HOME, 0o755),
@@ -480,14 +477,14 @@ fn base64(bytes: &[u8]) -> String {
 #[test]
 fn the_manual_page_knows_every_command_and_option() {
     let page = text("kms-agent.8");
-    let output = Command::new(binary()).arg("--help").output().unwrap();
+    let output = common::command(binary()).arg("--help").output().unwrap();
     let help = String::from_utf8(output.stdout).unwrap();
     let (_, commands) = help.split_once("\nCommands:\n").expect("--help has a list of commands");
     let (commands, _) = commands.split_once("\n\n").unwrap();
     for line in commands.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   ")) {
         let command = line.split_whitespace().next().unwrap();
         assert!(page.contains(&format!(".TP\n.B {command}\n")), "kms-agent.8 has {command}");
-        let output = Command::new(binary()).args([command, "--help"]).output().unwrap();
+        let output = common::command(binary()).args([command, "--help"]).output().unwrap();
         let help = String::from_utf8(output.stdout).unwrap();
         let (_, options) = help.split_once("\nOptions:\n").unwrap();
         let options = options.split("\n\n").next().unwrap();

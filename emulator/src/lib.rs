@@ -2,13 +2,7 @@
 //! Never for production: it keeps secrets in memory in clear and trusts everybody on this host.
 //!
 //! ```
-//! use kms_emulator::{Emulator, NewSecret, Options};
-//!
-//! let secrets = vec![NewSecret::generic("agent-test", "hello")];
-//! let emulator = Emulator::start(Options { secrets, ..Options::default() })?;
-//! println!("KMS on {}, metadata on {}", emulator.kms_addr(), emulator.metadata_url());
-//! assert_eq!(emulator.counters().kms_requests, 0);
-//! # Ok::<(), std::io::Error>(())
+#![doc = include_str!("../examples/start.rs")]
 //! ```
 //!
 //! Every call blocks; the services run on a thread of their own until the [`Emulator`] is dropped. All knobs

@@ -1,10 +1,15 @@
 //! The binary by hand: help, wrong usage, and a start that ends cleanly on SIGTERM.
 
+#![allow(clippy::expect_used, reason = "helpers of tests are tests")]
+
+mod support;
+
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use support::host::command;
 
 fn emulator() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_kms-emulator"))
+    command(env!("CARGO_BIN_EXE_kms-emulator"))
 }
 
 #[test]
@@ -32,7 +37,8 @@ fn sigterm_ends_it_and_takes_its_ca_file_along() {
     let ca = value("CaFile = ");
     assert!(std::fs::read_to_string(&ca).expect("the CA is there").contains("BEGIN CERTIFICATE"));
     assert!(std::net::TcpStream::connect(value("Endpoint = ")).is_ok());
-    assert!(Command::new("kill").arg(child.id().to_string()).status().expect("kill runs").success());
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM)
+        .expect("a signal to our own child");
     assert_eq!(child.wait().expect("it ends").code(), Some(0));
     assert!(!std::path::Path::new(&ca).exists());
     // What it prints is a configuration file for the agent, as it stands.

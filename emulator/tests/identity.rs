@@ -10,8 +10,8 @@ use kms_emulator::{
 };
 use std::fs;
 use std::io::Write;
-use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
+use support::host::{command, tool};
 use support::{Call, Reply, connect, iso8601, metadata, read_reply, tls_config, unique};
 
 const PKCS7: &str = "/latest/dynamic/instance-identity/pkcs7";
@@ -184,11 +184,7 @@ fn the_identity_is_served_as_the_rest_of_the_metadata() {
 /// Neither our own writer nor our own reader of CMS is the judge here.
 #[test]
 fn openssl_verifies_the_identity() {
-    if Command::new("openssl").arg("version").output().is_err() {
-        assert!(std::env::var_os("CI").is_none(), "openssl is not installed");
-        eprintln!("skipped: openssl is not installed");
-        return;
-    }
+    let Some(openssl) = tool("openssl") else { return };
     let emulator = start();
     let folder = std::env::temp_dir().join(format!("kms-emulator-openssl-{}", std::process::id()));
     fs::create_dir_all(&folder).expect("a folder");
@@ -200,7 +196,7 @@ fn openssl_verifies_the_identity() {
         let (identity, ca) = (file("identity.pem"), file("ca.pem"));
         let arguments =
             ["cms", "-verify", "-purpose", "any", "-inform", "PEM", "-in", &identity, "-CAfile", &ca];
-        Command::new("openssl").args(arguments).output().expect("openssl runs")
+        command(&openssl).args(arguments).output().expect("openssl runs")
     };
     let good = verify(&emulator.instance_identity(Some("X")).expect("signed"));
     emulator.set_identity_fault(Some(IdentityFault::Tampered));

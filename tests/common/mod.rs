@@ -13,19 +13,24 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
+pub mod host;
 pub mod http;
 
+pub use host::*;
 pub use http::{Connection, Reply};
 
 use kms_emulator::{Emulator, NewSecret, Options};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::fs::{self, File};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -84,9 +89,20 @@ pub struct Folder(PathBuf);
 
 impl Folder {
     pub fn new() -> Folder {
+        Folder::below(&std::env::temp_dir())
+    }
+
+    /// One whose path is short enough for sockets in it: 107 bytes, see unix(7).
+    pub fn for_sockets() -> Folder {
+        let usual = std::env::temp_dir();
+        if usual.as_os_str().len() < 60 { Folder::below(&usual) } else { Folder::below(Path::new("/tmp")) }
+    }
+
+    fn below(parent: &Path) -> Folder {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        host::settle();
         let name = format!("kms-agent-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
+        let path = parent.join(name);
         fs::create_dir_all(&path).expect("a temporary folder");
         Folder(path)
     }
@@ -244,6 +260,12 @@ impl Setup {
         self
     }
 
+    /// A program with arguments that starts the agent's binary.
+    pub fn wrapped(mut self, words: impl IntoIterator<Item = impl Into<OsString>>) -> Setup {
+        self.wrapper = words.into_iter().map(Into::into).collect();
+        self
+    }
+
     /// Its standard error, in place of a file.
     pub fn stderr_to(mut self, to: impl Into<Stdio>) -> Setup {
         self.stderr = Some(to.into());
@@ -255,18 +277,9 @@ impl Setup {
         let output = |name| File::create(self.folder.join(name)).expect("a file for the agent's output");
         let binary = binary().into_os_string();
         let mut words = self.wrapper.iter().chain([&binary]);
-        let mut command = Command::new(words.next().expect("the binary at least"));
-        command
-            .args(words)
-            .arg("run")
-            .arg("--config")
-            .arg(&config)
-            .current_dir(self.folder.path())
-            .env_clear();
-        for kept in ["PATH", "TMPDIR", "LLVM_PROFILE_FILE"] {
-            command.envs(std::env::var_os(kept).map(|value| (kept, value)));
-        }
-        command.envs(&self.env).stdin(Stdio::null()).stdout(output("stdout"));
+        let mut command = command(words.next().expect("the binary at least"));
+        command.args(words).arg("run").arg("--config").arg(&config).current_dir(self.folder.path());
+        command.envs(&self.env).stdout(output("stdout"));
         command.stderr(self.stderr.unwrap_or_else(|| output("stderr").into()));
         let child = command.spawn().expect("the agent's binary starts");
         let log_folder = match self.keys.get("Log").and_then(|keys| keys.get("LogPath")) {
@@ -411,6 +424,21 @@ impl Agent {
         self.wait()
     }
 
+    /// The same, and nobody else listens on its port from then on: connections are refused while the result lives.
+    #[track_caller]
+    pub fn stop_and_hold_port(&mut self) -> HeldPort {
+        self.stop();
+        HeldPort::new(self.port)
+    }
+
+    /// What the log warns of, except for what the host denies an agent: locked memory, open files.
+    pub fn warnings(&self) -> Vec<String> {
+        let of_the_host = ["not hardened: ", "open files are limited to "];
+        let log = self.log();
+        let all = log.lines().filter(|line| line.contains("WARN") || line.contains("ERROR"));
+        all.filter(|line| !of_the_host.iter().any(|part| line.contains(part))).map(str::to_owned).collect()
+    }
+
     /// The log so far: all files of the log folder.
     pub fn log(&self) -> String {
         let Some(folder) = &self.log_folder else { return self.stderr() };
@@ -435,6 +463,29 @@ impl Agent {
     }
 }
 
+/// A port that is bound on loopback and not listened on.
+pub struct HeldPort {
+    _sockets: Vec<OwnedFd>,
+}
+
+impl HeldPort {
+    #[track_caller]
+    fn new(port: u16) -> HeldPort {
+        let hold = |address: SocketAddr| {
+            let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+            let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            // Connections that the agent has closed are remembered for a while.
+            sockopt::set_socket_reuseaddr(&socket, true)?;
+            rustix::net::bind(&socket, &address)?;
+            Ok::<OwnedFd, rustix::io::Errno>(socket)
+        };
+        let mut sockets = vec![hold((Ipv4Addr::LOCALHOST, port).into()).expect("the port is free again")];
+        // Not every host has it.
+        sockets.extend(hold((Ipv6Addr::LOCALHOST, port).into()));
+        HeldPort { _sockets: sockets }
+    }
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         if self.poll_end().is_none() {
@@ -447,9 +498,7 @@ impl Drop for Agent {
 /// Runs the agent's binary with arguments that end it at once; gives exit code and standard error.
 #[track_caller]
 pub fn run_binary(arguments: &[&str]) -> (i32, String) {
-    let mut command = Command::new(binary());
-    let output =
-        command.args(arguments).env_clear().stdin(Stdio::null()).output().expect("the binary starts");
+    let output = command(binary()).args(arguments).output().expect("the binary starts");
     (output.status.code().expect("an exit code"), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
@@ -462,58 +511,10 @@ pub fn secret_target(name: &str) -> String {
     format!("/secretsmanager/get?secretId={}", kms_emulator::signature::encode(name.as_bytes()))
 }
 
-/// `curl`, or `None` after saying that the test is skipped. Where `CI` is `true` it must be there.
-#[track_caller]
-pub fn curl() -> Option<PathBuf> {
-    tool("curl")
-}
-
-/// `python3`, as [`curl`].
-#[track_caller]
-pub fn python() -> Option<PathBuf> {
-    tool("python3")
-}
-
-/// A Python with these modules: `KMS_AGENT_TEST_PYTHON`, else `python3`. As [`curl`] if there is none.
-#[track_caller]
-pub fn python_with(modules: &str) -> Option<PathBuf> {
-    let python = match std::env::var_os("KMS_AGENT_TEST_PYTHON") {
-        Some(path) => PathBuf::from(path),
-        None => tool("python3")?,
-    };
-    let mut import = Command::new(&python);
-    import.args(["-c", &format!("import {modules}")]).stdin(Stdio::null()).stderr(Stdio::null());
-    let has_them = import.status().is_ok_and(|status| status.success());
-    if !has_them {
-        assert!(std::env::var_os("CI").is_none_or(|it| it != "true"), "no {modules} for Python, and CI=true");
-        eprintln!("skipped: {} has no {modules}", python.display());
-    }
-    has_them.then_some(python)
-}
-
-/// A program on the `PATH`, as [`curl`].
-#[track_caller]
-pub fn tool(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|it| it.is_file());
-    if found.is_none() {
-        assert!(std::env::var_os("CI").is_none_or(|it| it != "true"), "{name} is not installed, and CI=true");
-        eprintln!("skipped: {name} is not installed");
-    }
-    found
-}
-
 /// Runs a program to its end; gives its standard output. Panics if it fails.
 #[track_caller]
 pub fn run(program: &Path, arguments: &[&str]) -> Vec<u8> {
-    let output = Command::new(program)
-        .args(arguments)
-        .env_remove("http_proxy")
-        .env_remove("all_proxy")
-        .env("no_proxy", "*")
-        .stdin(Stdio::null())
-        .output()
-        .expect("the program starts");
+    let output = command(program).args(arguments).output().expect("the program starts");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{} {arguments:?}: {}: {stderr}", program.display(), output.status);
     output.stdout

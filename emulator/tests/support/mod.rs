@@ -2,6 +2,9 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+#[path = "../../../tests/common/host.rs"]
+pub(crate) mod host;
+
 use kms_emulator::signature::{self, SignedRequest};
 use kms_emulator::{Emulator, StsCredentials};
 use std::io::{self, Read, Write};
