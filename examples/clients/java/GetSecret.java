@@ -27,7 +27,10 @@ public class GetSecret {
     /** Read for each request: it may be rotated while a program runs. */
     static String token() throws IOException {
         String value = Optional.ofNullable(System.getenv("KMS_TOKEN")).orElse("file:///var/run/kmstoken");
-        return (value.startsWith("file://") ? Files.readString(Path.of(URI.create(value))) : value).trim();
+        if (value.startsWith("file://")) {
+            value = Files.readString(Path.of(value.substring("file://".length())));
+        }
+        return value.trim();
     }
 
     static String getSecret(String name) throws IOException, InterruptedException {
