@@ -23,7 +23,7 @@ impl Access {
         Access { identity, call: None, endpoint: endpoint.map(Rc::new), clock_offset_s: 0 }
     }
 
-    /// The next call of the identity's.
+    /// The call that the identity wants to be made next.
     pub(super) fn poll_call(&mut self, now: Mono, id: impl FnOnce() -> CallId) -> Option<Call> {
         if self.call.is_some() {
             return None;

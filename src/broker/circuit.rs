@@ -63,8 +63,7 @@ impl Circuit {
         }
     }
 
-    /// Whether this secret failed before the circuit opened, and after KMS's last reply, whichever of its versions was
-    /// asked for.
+    /// Whether this secret is one of those that failed, whichever of its versions was asked for.
     pub(super) fn has_failed(&self, key: KeyRef<'_>) -> bool {
         let (Circuit::Closed { failed } | Circuit::Open { failed, .. }) = self;
         failed.iter().any(|name| **name == *bare_name(key.id))

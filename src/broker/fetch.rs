@@ -392,7 +392,7 @@ fn from_cache(value: &Value, now: Mono) -> Content {
     Content::Secret(Rc::clone(&value.body), value.span, x_cache)
 }
 
-/// Gives the cached value, fresh or stale, to all for whom it will do. `false`: there is none.
+/// Gives the cached value, fresh or stale, to all readers for whom it will do. `false`: there is none.
 fn answer_from_cache(flight: &mut Flight, cache: &Cache, outputs: &mut VecDeque<Output>, now: Mono) -> bool {
     let Some(value) = cache.servable(flight.key(), now) else { return false };
     let content = from_cache(value, now);

@@ -141,7 +141,7 @@ impl Flight {
         self.budget.get_or_insert(Budget { until, tries_left: retry::TRIES_MAX })
     }
 
-    /// A try failed. The next one is for all who wait.
+    /// A try failed. The next one is for all readers, those of the next round too.
     pub(super) fn on_failure(&mut self, last: Rc<Failure>, not_before: Mono) -> &Failures {
         self.readers.append(&mut self.next_round);
         let (count, earlier) = self.failures.as_ref().map_or((0, not_before), |it| (it.count, it.not_before));
@@ -152,12 +152,12 @@ impl Flight {
         })
     }
 
-    /// Takes those for whom a cached value will do.
+    /// Takes the readers for whom a cached value will do.
     pub(super) fn take_patient_readers(&mut self) -> Vec<Reader> {
         self.readers.extract_if(.., |reader| !reader.refresh_now).collect()
     }
 
-    /// Takes all who wait.
+    /// Takes all readers, those of the next round too.
     pub(super) fn take_all_readers(&mut self) -> Vec<Reader> {
         self.budget = None;
         let mut all = std::mem::take(&mut self.readers);
@@ -382,7 +382,7 @@ impl Flights {
         self.arm(id, has_value, now);
     }
 
-    /// Ends a pause that is over.
+    /// Ends the flight's pause if that is over, and arms the flight.
     pub(super) fn on_time(&mut self, id: FlightId, has_value: bool, now: Mono) {
         if matches!(self.get(id), Some(Flight { phase: Phase::Pausing { until }, .. }) if now >= *until) {
             self.change_phase(id, |_| Phase::Queued { began: now });
@@ -440,8 +440,7 @@ impl Flights {
         self.floor.min(self.queue_due)
     }
 
-    /// All flights, if something may be due with one of them; [`Flights::arm`] is to follow for each that has not
-    /// landed.
+    /// All flights, if something may be due with one of them. Each is then armed again, or lands.
     pub(super) fn take_due(&mut self, now: Mono) -> Vec<FlightId> {
         if now < self.floor {
             return Vec::new();
@@ -450,8 +449,8 @@ impl Flights {
         self.by_id.keys().copied().collect()
     }
 
-    /// Has a flight looked at when something is due with it. Readers who have nothing to fall back on (any more) get
-    /// their budget.
+    /// Sees to it that a flight is looked at when something is due with it. Readers who have nothing to fall back on, or
+    /// no longer have, get their budget.
     pub(super) fn arm(&mut self, id: FlightId, has_value: bool, now: Mono) {
         let Some(flight) = self.get_mut(id) else { return };
         if !has_value && !flight.readers.is_empty() {
@@ -461,7 +460,7 @@ impl Flights {
         self.floor = self.floor.min(deadline);
     }
 
-    /// Its place in queue or calls is up to who calls this.
+    /// The caller puts the flight into the queue or among the calls, where its new phase belongs there.
     fn change_phase(&mut self, id: FlightId, to: impl FnOnce(&Flight) -> Phase) {
         self.leave_phase(id);
         if let Some(flight) = self.get_mut(id) {

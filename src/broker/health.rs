@@ -22,12 +22,11 @@ pub(super) struct Condition {
 }
 
 impl Condition {
-    /// It works.
     pub(super) fn works(&mut self, now: Mono) {
         self.set(true, now);
     }
 
-    /// It does not, for this reason: no secret, nor a secret's name.
+    /// It does not work. The reason is shown: it must hold no secret, nor a secret's name.
     pub(super) fn fails(&mut self, why: impl Display, now: Mono) {
         self.set(false, now);
         self.last_error = Some(why.to_string());
