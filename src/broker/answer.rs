@@ -350,9 +350,10 @@ mod tests {
     fn statuses_bring_their_headers() {
         let of = |failure: Failure| text(|w, out| w.failure(out, &failure, KEEP));
         assert!(of(Failure::ours(Code::MethodNotAllowed, "")).contains("\r\nAllow: GET, HEAD\r\n"));
-        let wait = Duration::from_millis(1200);
-        assert!(of(Failure::no_credentials(&"x", wait)).contains("\r\nRetry-After: 2\r\n"));
-        assert!(of(Failure::no_credentials(&"x", Duration::ZERO)).contains("\r\nRetry-After: 1\r\n"));
+        for (ms, seconds) in [(0, 1), (1, 1), (1000, 1), (1200, 2), (2000, 2), (60_001, 60)] {
+            let reply = of(Failure::no_credentials(&"x", Duration::from_millis(ms)));
+            assert!(reply.contains(&format!("\r\nRetry-After: {seconds}\r\n")), "{ms} ms: {reply}");
+        }
     }
 
     #[test]

@@ -148,11 +148,14 @@ fn read(stream: &mut TcpStream, clock: &Clock, deadline: Mono) -> Result<Respons
                 parser.on_eof().map_err(ReadError::Http)?;
                 return Ok(parser.into_response());
             }
-            Ok(count) => match parser.feed(scratch.get(..count).unwrap_or_default()) {
-                Ok(Progress::NeedMore) => {}
-                Ok(Progress::Done { .. }) => return Ok(parser.into_response()),
-                Err(error) => return Err(ReadError::Http(error)),
-            },
+            Ok(count) => {
+                debug_assert!(count <= scratch.len());
+                match parser.feed(scratch.get(..count).unwrap_or_default()) {
+                    Ok(Progress::NeedMore) => {}
+                    Ok(Progress::Done { .. }) => return Ok(parser.into_response()),
+                    Err(error) => return Err(ReadError::Http(error)),
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(ReadError::Io(error)),
         }

@@ -82,15 +82,20 @@ impl Chain {
 
     /// Who gave the credentials, or is tried first.
     pub(crate) fn name(&self) -> &'static str {
-        self.providers.get(self.serving.unwrap_or(0)).map_or("nobody", |provider| provider.name())
+        self.name_of(self.serving.unwrap_or(0))
     }
 
     /// What is being asked for: `the OIDC role`, or `the region`.
     pub(crate) fn asked_for(&self) -> &'static str {
         match self.stage {
             Stage::Region => "the region",
-            Stage::Provider(at) => self.providers.get(at).map_or("nobody", |provider| provider.name()),
+            Stage::Provider(at) => self.name_of(at),
         }
+    }
+
+    fn name_of(&self, at: usize) -> &'static str {
+        debug_assert!(at < self.providers.len(), "provider {at} of {}", self.providers.len());
+        self.providers.get(at).map_or("nobody", |provider| provider.name())
     }
 
     /// Begins a conversation.
@@ -136,8 +141,7 @@ impl Chain {
                 Ok(Next::Done(grant))
             }
             Err(error) if self.serving.is_none() && self.providers.len() > 1 => {
-                let name = self.providers.get(at).map_or("", |provider| provider.name());
-                self.failed.push((name, error));
+                self.failed.push((self.name_of(at), error));
                 self.begin_with(at.saturating_add(1), now)
             }
             other => other,
@@ -149,6 +153,7 @@ impl Chain {
         match self.stage {
             Stage::Region => self.shared.metadata.write_region_request(out),
             Stage::Provider(at) => {
+                debug_assert!(at < self.providers.len(), "nobody is asked");
                 if let Some(provider) = self.providers.get(at) {
                     provider.write_request(&self.shared, out, now, random);
                 }

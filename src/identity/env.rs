@@ -23,7 +23,7 @@ impl fmt::Display for NotConfigured {
 impl std::error::Error for NotConfigured {}
 
 /// The environment. A variable that is set to nothing is as good as not set.
-pub(crate) struct Env<'a>(pub &'a dyn Fn(&str) -> Option<OsString>);
+pub(crate) struct Env<'a>(pub(crate) &'a dyn Fn(&str) -> Option<OsString>);
 
 impl Env<'_> {
     /// A variable's value.
@@ -41,17 +41,22 @@ impl Env<'_> {
         (self.0)(name).is_some_and(|value| value.eq_ignore_ascii_case("true"))
     }
 
-    /// Sees that all of them are set.
+    /// The values of variables that must all be set.
     ///
     /// # Errors
-    /// Those that are not.
-    pub(crate) fn need(&self, names: &[&str]) -> Result<(), NotConfigured> {
+    /// Those that are not set, or that one is not UTF-8.
+    pub(crate) fn need<const N: usize>(&self, names: [&str; N]) -> Result<[String; N], NotConfigured> {
         let is_missing = |name: &&&str| (self.0)(name).is_none_or(|value| value.is_empty());
         let missing: Vec<&str> = names.iter().filter(is_missing).copied().collect();
         match missing.as_slice() {
-            [] => Ok(()),
-            [name] => Err(NotConfigured::Missing(format!("{name} is not set"))),
-            names => Err(NotConfigured::Missing(format!("{} are not set", names.join(", ")))),
+            [] => {}
+            [name] => return Err(NotConfigured::Missing(format!("{name} is not set"))),
+            names => return Err(NotConfigured::Missing(format!("{} are not set", names.join(", ")))),
         }
+        let mut values = [const { String::new() }; N];
+        for (value, name) in values.iter_mut().zip(names) {
+            *value = self.text(name)?.unwrap_or_default();
+        }
+        Ok(values)
     }
 }

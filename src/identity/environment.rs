@@ -29,18 +29,19 @@ impl Environment {
     /// # Errors
     /// Which variable is missing, or has a value that cannot be one.
     pub(crate) fn find(env: &Env<'_>) -> Result<Environment, NotConfigured> {
-        env.need(&[ID, SECRET])?;
-        let header_value = |name: &'static str| match env.text(name)? {
+        let ([id, secret], token) = (env.need([ID, SECRET])?, env.text(TOKEN)?);
+        for (name, value) in [(ID, Some(&id)), (SECRET, Some(&secret)), (TOKEN, token.as_ref())] {
             // They go into header lines.
-            Some(value) if !value.bytes().all(|byte| byte.is_ascii_graphic()) => Err(NotConfigured::Wrong(
-                format!("{name} holds white space or other characters that no key has"),
-            )),
-            value => Ok(value),
-        };
+            if value.is_some_and(|value| !value.bytes().all(|byte| byte.is_ascii_graphic())) {
+                return Err(NotConfigured::Wrong(format!(
+                    "{name} holds white space or other characters that no key has"
+                )));
+            }
+        }
         Ok(Environment(Rc::new(Credentials {
-            access_key_id: header_value(ID)?.unwrap_or_default(),
-            access_key_secret: Secret::from(header_value(SECRET)?.unwrap_or_default()),
-            security_token: header_value(TOKEN)?.map(Secret::from),
+            access_key_id: id,
+            access_key_secret: Secret::from(secret),
+            security_token: token.map(Secret::from),
             expires_unix_s: None,
         })))
     }

@@ -238,6 +238,7 @@ impl Identity {
 
     /// Takes the answer to it.
     pub fn on_answer(&mut self, answer: Result<&Response, &CallError>, now: Now) {
+        debug_assert!(matches!(self.state, State::Asking), "an answer to nothing");
         if let Ok(Response { date_unix_s: Some(theirs), .. }) = answer {
             self.clock_offset_s = theirs.saturating_sub(now.unix_s);
         }

@@ -57,7 +57,7 @@ impl Oidc {
     /// # Errors
     /// Which variable is missing, or has a value that cannot be one.
     pub(crate) fn find(env: &Env<'_>, kms: &config::KmsSection) -> Result<Oidc, NotConfigured> {
-        env.need(&[ROLE_ARN, PROVIDER_ARN, TOKEN_FILE])?;
+        let [role_arn, provider_arn, token_file] = env.need([ROLE_ARN, PROVIDER_ARN, TOKEN_FILE])?;
         let in_vpc = env.is_true(VPC);
         let wrong =
             |name: &'static str| move |message: String| NotConfigured::Wrong(format!("{name} {message}"));
@@ -75,9 +75,9 @@ impl Oidc {
             (None, None, None) => None,
         };
         Ok(Oidc {
-            role_arn: env.text(ROLE_ARN)?.unwrap_or_default(),
-            provider_arn: env.text(PROVIDER_ARN)?.unwrap_or_default(),
-            token_file: env.text(TOKEN_FILE)?.unwrap_or_default().into(),
+            role_arn,
+            provider_arn,
+            token_file: token_file.into(),
             session_name: env.text(SESSION_NAME)?.unwrap_or_else(|| "kms-agent".to_owned()),
             sts: sts.map(Rc::new),
             in_vpc,
@@ -116,6 +116,7 @@ impl Provider for Oidc {
     }
 
     fn write_request(&self, _: &Shared, out: &mut Vec<u8>, now: Now, random: &mut Random) {
+        debug_assert!(self.sts.is_some() && self.token.expose_str().is_some(), "a conversation has begun");
         let Some(sts) = &self.sts else { return };
         let timestamp = rfc_3339(now.unix_s).unwrap_or_default();
         let nonce = hex(&random.next_u128().to_be_bytes());

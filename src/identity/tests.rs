@@ -164,8 +164,11 @@ fn kept_to_their_end_when_renewal_fails_and_healed_after() {
     let bad = [token(), (APP, Some(Reply::new(500, "")))];
     let mut rig = Rig::ram_role();
     assert_eq!(rig.stands().unwrap_err(), "pending");
+    assert_eq!((rig.identity.expires_unix_s(), rig.identity.is_ready(at(0).mono)), (None, false));
     rig.converse(&good);
     assert_eq!(rig.stands().unwrap(), "STS.1");
+    assert_eq!(rig.identity.expires_unix_s(), Some(START_UNIX_S + 1000));
+    assert!(rig.identity.is_ready(at(999).mono) && !rig.identity.is_ready(at(1000).mono));
     assert_eq!(rig.identity.next_deadline(), at(800).mono);
     assert_eq!(rig.lines().len(), 2);
 
@@ -214,6 +217,7 @@ fn a_clock_that_is_hours_wrong_ends_no_credentials() {
         rig.converse(&[("PUT", reply("tok".into())), (APP, reply(flat("STS.1", offset + 1000)))]);
         assert_eq!(rig.stands().unwrap(), "STS.1");
         assert_eq!(rig.identity.next_deadline(), at(800).mono, "judged by the service's clock");
+        assert_eq!(rig.identity.clock_offset_s(), offset);
     }
     let mut rig = Rig::ram_role();
     rig.converse(&[token(), (APP, ok(flat("STS.1", -5)))]);

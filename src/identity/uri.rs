@@ -29,8 +29,7 @@ impl CredentialsUri {
     /// # Errors
     /// When it is missing, or not a URI that can be asked. Its value is not shown.
     pub(crate) fn find(env: &Env<'_>) -> Result<CredentialsUri, NotConfigured> {
-        env.need(&[URI])?;
-        let uri = env.text(URI)?.unwrap_or_default();
+        let [uri] = env.need([URI])?;
         parse(&uri).ok_or_else(|| {
             NotConfigured::Wrong(format!(
                 "{URI} must be http://host[:port]/path or https://.., without user, fragment and white space"
