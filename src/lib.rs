@@ -43,6 +43,8 @@
 
 // They panic where they cannot write: a full disk or a closed pipe must not end the agent.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
+// See clippy.toml.
+#![cfg_attr(not(test), warn(clippy::disallowed_methods, clippy::disallowed_types))]
 
 pub mod broker;
 pub mod buf;

@@ -1,12 +1,12 @@
-//! The house rules that no compiler knows: imports point one way, one file reads the clock, one file knows
-//! mio, one file ends the process.
+//! The house rules that no compiler knows: imports point one way and never in a circle, functions stay short and flat.
+//! Who may read a clock, use mio or end the process is in `clippy.toml`.
 //!
 //! It reads the sources' tokens, comments, strings and `#[cfg(test)]` items left out. Each rule is tested on
 //! sources that break it, below.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -30,56 +30,19 @@ const FORBIDDEN_IMPORTS: &[(&str, &str, &str)] = &[(
     "the broker says what is wanted, as a call::Call; the server puts it on a connection",
 )];
 
-/// Words that only some files may use.
-struct Rule {
-    /// Token sequences; each one is a breach.
-    words: &'static [&'static [&'static str]],
-    /// Files or folders (with a `/` at the end) below `src/` that may, each with its reason.
-    allowed: &'static [(&'static str, &'static str)],
-    /// What to do instead.
-    advice: &'static str,
-}
+/// Lines of a function, from `fn` to its last brace.
+const FN_LINES_MAX: usize = 70;
+/// Braces that are open at a time in a function, its own included.
+const FN_BRACES_MAX: usize = 6;
 
-const RULES: &[Rule] = &[
-    Rule {
-        words: &[
-            &["Instant", "::", "now"],
-            &["SystemTime", "::", "now"],
-            &["OffsetDateTime", "::", "now_utc"],
-            &["OffsetDateTime", "::", "now_local"],
-            &["UtcDateTime", "::", "now"],
-            &[".", "elapsed"],
-            &["clock_gettime"],
-        ],
-        allowed: &[("time.rs", "the only file that reads a clock")],
-        advice: "take a time::Now (or its mono) as a parameter, so that tests and the simulation own the time",
-    },
-    Rule {
-        words: &[&["Clock", "::", "start"]],
-        allowed: &[
-            ("time.rs", "defines it"),
-            ("net/mio.rs", "gives the loop its time"),
-            ("log/", "retries writing, and puts the time on each line"),
-            ("cli/local.rs", "commands other than run have no loop that could hand them the time"),
-            ("cli/probe.rs", "likewise"),
-        ],
-        advice: "only the bottom of the house has a Clock: take a time::Now as a parameter",
-    },
-    Rule {
-        words: &[&["mio", "::"], &["use", "mio", ";"], &["use", "mio", "as"], &["extern", "crate", "mio"]],
-        allowed: &[("net/mio.rs", "the only user of mio")],
-        advice: "say it through trait net::Net, and let net/mio.rs do it",
-    },
-    Rule {
-        words: &[&["process", "::", "exit"], &["ExitCode"], &["process", "::", "abort"]],
-        allowed: &[("main.rs", "the only end of the process")],
-        advice: "return a u8 to cli::main, and let main.rs end the process",
-    },
-    Rule {
-        words: &[&["todo", "!"], &["unimplemented", "!"], &["dbg", "!"]],
-        allowed: &[],
-        advice: "finish it, or return an error that says so",
-    },
+/// Problems that are being worked on, as they begin. What is mended is to be taken out.
+const OPEN: &[&str] = &[
+    "src/broker/fetch.rs: fn on_fetched ",
+    "src/broker/fetch.rs: imports itself ",
+    "src/log/file.rs: imports itself ",
+    "src/server/clients.rs: fn answer ",
+    "src/server/clients.rs: imports itself ",
+    "src/server/upstream.rs: fn read_outbound ",
 ];
 
 #[test]
@@ -88,7 +51,12 @@ fn the_house_is_tidy() {
     let mut files = Vec::new();
     collect(&src, "", &mut files);
     assert!(files.len() > 20, "the sources are here");
-    let problems = problems(&files);
+    let mut problems = problems(&files);
+    for open in OPEN {
+        let before = problems.len();
+        problems.retain(|problem| !problem.starts_with(open));
+        assert!(problems.len() < before, "{open}: is mended, take it out of OPEN");
+    }
     assert!(problems.is_empty(), "{} problems:\n{}\n", problems.len(), problems.join("\n"));
 }
 
@@ -105,20 +73,23 @@ fn collect(folder: &Path, prefix: &str, files: &mut Vec<(String, String)>) {
     files.sort();
 }
 
+/// A file of the house: its path below `src/`, its module's path, and its tokens.
+struct Source<'a> {
+    path: &'a str,
+    module: Vec<String>,
+    tokens: Vec<Token>,
+}
+
 /// Everything that is wrong with these files, named by their path below `src/`.
 fn problems(files: &[(String, String)]) -> Vec<String> {
-    let mut sources = Vec::new();
-    let mut tests = BTreeSet::new();
+    let (mut sources, mut tests) = (Vec::new(), BTreeSet::new());
     for (path, text) in files {
         let (tokens, test_modules) = without_tests(tokens(text));
-        let folder = module_path(path).join("/");
-        for name in test_modules {
-            let stem = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-            tests.extend([format!("{stem}.rs"), format!("{stem}/mod.rs")]);
-        }
-        sources.push((path.as_str(), tokens));
+        let module = module_path(path);
+        tests.extend(test_modules.into_iter().map(|name| [module.clone(), vec![name]].concat()));
+        sources.push(Source { path, module, tokens });
     }
-    sources.retain(|(path, _)| !tests.contains(*path));
+    sources.retain(|source| !tests.contains(&source.module));
 
     let mut problems = Vec::new();
     check_modules(&sources, &mut problems);
@@ -127,9 +98,27 @@ fn problems(files: &[(String, String)]) -> Vec<String> {
             check_map(text, &mut problems);
         }
     }
-    for (path, tokens) in &sources {
-        check_imports(path, tokens, &mut problems);
-        check_rules(path, tokens, &mut problems);
+    let modules =
+        sources.iter().filter(|it| !it.module.is_empty()).map(|it| (&it.module[..], it.path)).collect();
+    let mut edges = Edges::new();
+    for source in &sources {
+        let imports = imports(source, &modules, &mut problems);
+        check_floors(source, &imports, &mut problems);
+        check_functions(source, &mut problems);
+        for (from, to) in file_edges(source, &imports, &modules) {
+            edges.entry(from).or_default().insert(to);
+        }
+    }
+    for file in edges.keys() {
+        let circle = way(&edges, file, file, &mut BTreeSet::new()).unwrap_or_default();
+        // Told once, from its first file on.
+        if circle.iter().min() == Some(file) {
+            problems.push(format!(
+                "src/{file}: imports itself by way of {}: move what both need below them (methods of a parent's type \
+                 belong into the parent's file)",
+                circle[1..].join(", ")
+            ));
+        }
     }
     problems
 }
@@ -139,157 +128,196 @@ fn floor(module: &str) -> Option<usize> {
 }
 
 /// Each module has a floor, each name on a floor is a module.
-fn check_modules(sources: &[(&str, Vec<Token>)], problems: &mut Vec<String>) {
-    let modules: BTreeSet<&str> = sources
-        .iter()
-        .map(|(path, _)| path.split(['/', '.']).next().unwrap())
-        .filter(|name| !["lib", "main"].contains(name))
-        .collect();
-    for module in &modules {
-        if floor(module).is_none() {
-            problems.push(format!(
-                "src/{module}: on no floor. Put it into FLOORS in tests/tidy.rs (just above what it imports) and \
-                 into the table in src/lib.rs"
-            ));
-        }
-    }
-    for module in FLOORS.iter().flat_map(|floor| floor.iter()) {
-        if !modules.contains(module) {
-            problems
-                .push(format!("FLOORS in tests/tidy.rs names {module}, which is not in src/: take it out"));
-        }
-    }
+fn check_modules(sources: &[Source<'_>], problems: &mut Vec<String>) {
+    let modules: BTreeSet<_> =
+        sources.iter().filter_map(|it| it.module.first().map(String::as_str)).collect();
+    let known: BTreeSet<_> = FLOORS.concat().into_iter().collect();
+    problems.extend(modules.difference(&known).map(|module| {
+        format!("src/{module}: on no floor. Put it just above what it imports, into FLOORS in tests/tidy.rs and into \
+                 the table in src/lib.rs")
+    }));
+    problems.extend(
+        known.difference(&modules).map(|it| format!("FLOORS names {it}, which is not in src/: take it out")),
+    );
 }
 
-/// The table of `lib.rs`, rows `//! | floor | [`module`] ..`, says what [`FLOORS`] says.
+/// The table of `lib.rs` says what [`FLOORS`] says.
 fn check_map(lib: &str, problems: &mut Vec<String>) {
-    let mut rows = Vec::new();
-    for line in lib.lines() {
-        let cells: Vec<&str> = line.strip_prefix("//! |").unwrap_or_default().split('|').collect();
-        let [number, modules, ..] = cells[..] else { continue };
-        if number.trim().parse() == Ok(rows.len() + 1) {
-            let names = modules.split(['[', ']', '`', ' ']).filter(|name| !name.is_empty());
-            rows.push(names.map(str::to_owned).collect::<BTreeSet<String>>());
-        }
-    }
-    for number in 0..rows.len().max(FLOORS.len()) {
-        let ours: BTreeSet<String> = FLOORS
-            .get(number)
-            .into_iter()
-            .flat_map(|floor| floor.iter())
-            .map(|it| (*it).to_owned())
-            .collect();
-        let theirs = rows.get(number).cloned().unwrap_or_default();
-        if ours != theirs {
-            problems.push(format!(
-                "src/lib.rs: floor {} of its table is {theirs:?}, FLOORS in tests/tidy.rs has {ours:?}: make them \
-                 the same",
-                number + 1
-            ));
+    for (number, floor) in FLOORS.iter().enumerate() {
+        let names: Vec<String> = floor.iter().map(|name| format!("[`{name}`]")).collect();
+        let row = format!("//! | {} | {} |", number + 1, names.join(" "));
+        if !lib.lines().any(|line| line.starts_with(&row)) {
+            problems
+                .push(format!("src/lib.rs: its table has no row {row}, as FLOORS in tests/tidy.rs has it"));
         }
     }
 }
 
-fn check_imports(path: &str, tokens: &[Token], problems: &mut Vec<String>) {
-    let own = module_path(path);
-    let mut imports = Vec::new();
+/// The modules' files, by their paths.
+type Modules<'a> = BTreeMap<&'a [String], &'a str>;
+/// For each file those that it needs.
+type Edges<'a> = BTreeMap<&'a str, BTreeSet<&'a str>>;
+/// What is imported, from the crate's root on, and in which line.
+type Imports = Vec<(Vec<String>, usize)>;
+
+/// All that a file names of other modules, in `use` or anywhere else, however it is written.
+fn imports(source: &Source<'_>, modules: &Modules<'_>, problems: &mut Vec<String>) -> Imports {
+    let (tokens, own) = (&source.tokens, &source.module);
+    let mut imports = Imports::new();
     for at in 0..tokens.len() {
-        match tokens[at].text.as_str() {
-            "crate" => heads(tokens, at + 1, &mut imports),
-            "super" if at < 2 || tokens[at - 2].text != "super" => {
-                let mut end = at + 1;
-                let mut levels = 1;
-                while text(tokens, end) == "::" && text(tokens, end + 1) == "super" {
-                    levels += 1;
-                    end += 2;
-                }
-                if levels >= own.len() {
-                    heads(tokens, end, &mut imports);
-                }
-            }
-            "mod" if text(tokens, at + 2) == "{" => problems.push(format!(
-                "src/{path}:{}: an inline module; `super` in it means something else than this test thinks. Give \
-                 it a file",
-                tokens[at].line
-            )),
-            _ => {}
+        let (word, line) = (text(tokens, at), tokens[at].line);
+        if word == "mod" && text(tokens, at + 2) == "{" {
+            problems.push(format!(
+                "src/{}:{line}: an inline module; `super` in it means something else than this test thinks. Give it a \
+                 file",
+                source.path
+            ));
         }
+        if text(tokens, at + 1) != "::" || at > 0 && text(tokens, at - 1) == "::" {
+            continue;
+        }
+        let levels = (at..).step_by(2).take_while(|at| text(tokens, *at) == "super").count();
+        let child = [&own[..], &[word.to_owned()]].concat();
+        let (mut root, rest) = match word {
+            "crate" => (vec![], at + 2),
+            "self" => (own.clone(), at + 2),
+            "super" if levels <= own.len() => (own[..own.len() - levels].to_vec(), at + 2 * levels),
+            _ if modules.contains_key(&child[..]) => (child, at + 2),
+            _ => continue,
+        };
+        expand(tokens, rest, &mut root, &mut imports);
     }
-    let Some(from) = own.first() else { return };
-    for (module, line) in imports {
-        let (Some(own_floor), Some(floor)) = (floor(from), floor(&module)) else { continue };
+    imports
+}
+
+/// The paths that begin with `root` and go on at `at`: of `a::{b, c::d}` a::b and a::c::d. Gives where they end.
+fn expand(tokens: &[Token], mut at: usize, root: &mut Vec<String>, out: &mut Imports) -> usize {
+    let depth = root.len();
+    if text(tokens, at) == "{" {
+        at += 1;
+        while !["}", ""].contains(&text(tokens, at)) {
+            at = match text(tokens, at) {
+                "," => at + 1,
+                "as" => at + 2,
+                _ => expand(tokens, at, root, out),
+            };
+        }
+        return at + 1;
+    }
+    let line = tokens.get(at).map_or(0, |token| token.line);
+    root.push(text(tokens, at).to_owned());
+    at += 1;
+    if text(tokens, at) == "::" && (text(tokens, at + 1) == "{" || is_word(text(tokens, at + 1))) {
+        at = expand(tokens, at + 1, root, out);
+    } else {
+        out.push((root.clone(), line));
+    }
+    root.truncate(depth);
+    at
+}
+
+fn is_word(text: &str) -> bool {
+    text.starts_with(is_word_char)
+}
+
+fn is_word_char(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+fn check_floors(source: &Source<'_>, imports: &Imports, problems: &mut Vec<String>) {
+    let Some(from) = source.module.first() else { return };
+    for (path, line) in imports {
+        let module = &path[0];
+        let (Some(own_floor), Some(floor)) = (floor(from), floor(module)) else { continue };
+        let place = format!("src/{}:{line}", source.path);
         if floor > own_floor {
             problems.push(format!(
-                "src/{path}:{line}: {from} (floor {}) imports {module} (floor {}): imports point down only. Move \
-                 what it needs below both, or hand it in from above",
+                "{place}: {from} (floor {}) imports {module} (floor {}): imports point down only. Move what it needs \
+                 below both, or hand it in from above",
                 own_floor + 1,
                 floor + 1
             ));
         }
-        for (_, _, why) in FORBIDDEN_IMPORTS.iter().filter(|(who, whom, _)| who == from && *whom == module) {
-            problems.push(format!("src/{path}:{line}: {from} must not import {module}: {why}"));
+        for (_, _, why) in FORBIDDEN_IMPORTS.iter().filter(|(who, whom, _)| who == from && whom == module) {
+            problems.push(format!("{place}: {from} must not import {module}: {why}"));
         }
     }
 }
 
-/// The first names after `crate` or `super`: of `::a::b` a, of `::{a::b, c}` a and c. `at`: the `::`.
-fn heads(tokens: &[Token], at: usize, out: &mut Vec<(String, usize)>) {
-    if text(tokens, at) != "::" {
-        return;
+/// Which file needs which: by imports, and by `impl` blocks for the type of a parent, which needs its methods.
+fn file_edges<'a>(source: &Source<'a>, imports: &Imports, modules: &Modules<'a>) -> Vec<(&'a str, &'a str)> {
+    let (own, tokens) = (source.path, &source.tokens);
+    let foreign = |path: &[String]| {
+        let file = (1..=path.len()).rev().find_map(|end| modules.get(&path[..end]).copied());
+        file.filter(|file| *file != own)
+    };
+    let mut edges: Vec<_> = imports.iter().filter_map(|(path, _)| Some((own, foreign(path)?))).collect();
+    // Not the `impl` of a parameter or a result.
+    let is_item = |at: usize| at == 0 || ["}", ";", "]"].contains(&text(tokens, at - 1));
+    for at in (0..tokens.len()).filter(|at| text(tokens, *at) == "impl" && is_item(*at)) {
+        let name = implemented(tokens, at);
+        edges.extend(imports.iter().filter_map(|(path, _)| {
+            let (last, parent) = path.split_last()?;
+            let is_of_parent = last == name && source.module.starts_with(parent);
+            Some((foreign(path)?, own)).filter(|_| is_of_parent)
+        }));
     }
-    if text(tokens, at + 1) != "{" {
-        out.extend(tokens.get(at + 1).map(|token| (token.text.clone(), token.line)));
-        return;
-    }
-    let mut depth = 0;
-    for index in at + 1..tokens.len() {
-        let before = text(tokens, index - 1);
-        match text(tokens, index) {
-            "{" => depth += 1,
-            "}" => depth -= 1,
-            name if depth == 1 && ["{", ","].contains(&before) => {
-                out.push((name.to_owned(), tokens[index].line));
-            }
+    edges
+}
+
+/// The type that the `impl` at `at` is for: in `impl<N: Net> Show for Server<N>` Server.
+fn implemented(tokens: &[Token], at: usize) -> &str {
+    let (mut depth, mut name) = (0_i32, "");
+    for at in at + 1..tokens.len() {
+        match text(tokens, at) {
+            "{" | "where" => break,
+            "<" => depth += 1,
+            ">" if text(tokens, at - 1) != "-" => depth -= 1,
+            "for" if depth == 0 => name = "",
+            word if depth == 0 && name.is_empty() && is_word(word) => name = word,
             _ => {}
         }
-        if depth == 0 {
-            return;
-        }
     }
+    name
 }
 
-fn check_rules(path: &str, tokens: &[Token], problems: &mut Vec<String>) {
-    for rule in RULES {
-        let is_allowed =
-            |(place, _): &(&str, &str)| path == *place || place.ends_with('/') && path.starts_with(*place);
-        if rule.allowed.iter().any(is_allowed) {
-            continue;
-        }
-        for (at, token) in tokens.iter().enumerate() {
-            // `net::mio::MioNet` is our module, not the crate.
-            let is_inner = token.text == "mio"
-                && at > 1
-                && tokens[at - 1].text == "::"
-                && tokens[at - 2].text != "use"
-                && tokens[at - 2].text.chars().all(|c| c.is_alphanumeric() || c == '_');
-            for words in rule.words {
-                let found = words.iter().enumerate().all(|(n, word)| text(tokens, at + n) == *word);
-                if found && !is_inner {
-                    let allowed: Vec<String> =
-                        rule.allowed.iter().map(|(place, why)| format!("src/{place} ({why})")).collect();
-                    let allowed = if allowed.is_empty() {
-                        "nowhere".to_owned()
-                    } else {
-                        format!("only in {}", allowed.join(", "))
-                    };
-                    problems.push(format!(
-                        "src/{path}:{}: {}: {allowed}; {}",
-                        token.line,
-                        words.concat(),
-                        rule.advice
-                    ));
-                }
+/// A way from `at` to `goal`, without the latter.
+fn way<'a>(edges: &Edges<'a>, at: &'a str, goal: &str, seen: &mut BTreeSet<&'a str>) -> Option<Vec<&'a str>> {
+    edges.get(at)?.iter().find_map(|next| match *next {
+        next if next == goal => Some(vec![at]),
+        next if seen.insert(next) => Some([vec![at], way(edges, next, goal, seen)?].concat()),
+        _ => None,
+    })
+}
+
+fn check_functions(source: &Source<'_>, problems: &mut Vec<String>) {
+    let tokens = &source.tokens;
+    for at in (0..tokens.len()).filter(|at| text(tokens, *at) == "fn" && is_word(text(tokens, at + 1))) {
+        let (mut braces, mut braces_max, mut brackets) = (0_usize, 0, 0_i32);
+        for end in at..tokens.len() {
+            match text(tokens, end) {
+                "(" | "[" => brackets += 1,
+                ")" | "]" => brackets -= 1,
+                "{" => braces += 1,
+                "}" => braces -= 1,
+                // Of a trait, without a body.
+                ";" if braces == 0 && brackets == 0 => break,
+                _ => continue,
             }
+            braces_max = braces_max.max(braces);
+            if braces > 0 || text(tokens, end) != "}" {
+                continue;
+            }
+            let lines = tokens[end].line - tokens[at].line + 1;
+            if lines > FN_LINES_MAX || braces_max > FN_BRACES_MAX {
+                problems.push(format!(
+                    "src/{}: fn {} has {lines} lines and nests {braces_max} braces, {FN_LINES_MAX} and {FN_BRACES_MAX} \
+                     are the most: take it apart",
+                    source.path,
+                    text(tokens, at + 1)
+                ));
+            }
+            break;
         }
     }
 }
@@ -315,71 +343,45 @@ fn text(tokens: &[Token], at: usize) -> &str {
 
 /// The tokens of a source; comments are left out, and of strings and characters only `""` stays.
 fn tokens(source: &str) -> Vec<Token> {
-    let chars: Vec<char> = source.chars().collect();
-    let is_word = |c: char| c.is_alphanumeric() || c == '_';
-    let peek = |at: usize| chars.get(at).copied().unwrap_or('\0');
-    let (mut out, mut at, mut line) = (Vec::new(), 0, 1);
-    while at < chars.len() {
-        let (start, start_line) = (at, line);
-        let mut text = None;
-        match (chars[at], peek(at + 1)) {
-            ('/', '/') => at = (at..chars.len()).find(|i| chars[*i] == '\n').unwrap_or(chars.len()),
-            ('/', '*') => {
-                let mut depth = 0;
-                while at < chars.len() {
-                    match (chars[at], peek(at + 1)) {
-                        ('/', '*') => (depth, at) = (depth + 1, at + 2),
-                        ('*', '/') => (depth, at) = (depth - 1, at + 2),
-                        _ => at += 1,
-                    }
-                    if depth == 0 {
-                        break;
-                    }
-                }
+    let (mut out, mut rest, mut line) = (Vec::new(), source, 1);
+    while let Some(first) = rest.chars().next() {
+        let word = &rest[..rest.find(|c| !is_word_char(c)).unwrap_or(rest.len())];
+        let after = &rest[word.len()..];
+        let hashes = &after[..after.len() - after.trim_start_matches('#').len()];
+        let is_raw = ["r", "br", "cr"].contains(&word) && after[hashes.len()..].starts_with('"');
+        let (len, text) = match first {
+            _ if rest.starts_with("//") => (rest.find('\n').unwrap_or(rest.len()), ""),
+            _ if rest.starts_with("/*") => (rest.find("*/").map_or(rest.len(), |end| end + 2), ""),
+            _ if rest.starts_with("::") => (2, "::"),
+            _ if is_raw => {
+                let (begin, end) = (word.len() + hashes.len() + 1, format!("\"{hashes}"));
+                (rest[begin..].find(&end).map_or(rest.len(), |found| begin + found + end.len()), "\"\"")
             }
-            ('"', _) => {
-                at = end_of_quoted(&chars, at, '"');
-                text = Some("\"\"".to_owned());
-            }
-            ('\'', '\\') => at = end_of_quoted(&chars, at, '\''),
+            _ if ["b", "c"].contains(&word) && after.starts_with('"') => (1, ""),
+            _ if !word.is_empty() => (word.len(), word),
+            '"' => (quoted(rest, '"'), "\"\""),
             // A character, and not the tick of a lifetime or label.
-            ('\'', _) if peek(at + 2) == '\'' => at += 3,
-            ('\'', _) => at += 1,
-            (':', ':') => {
-                at += 2;
-                text = Some("::".to_owned());
-            }
-            (c, _) if is_word(c) => {
-                at = (at..chars.len()).find(|i| !is_word(chars[*i])).unwrap_or(chars.len());
-                let word: String = chars[start..at].iter().collect();
-                let hashes = (at..).take_while(|i| peek(*i) == '#').count();
-                if ["r", "br", "cr"].contains(&word.as_str()) && peek(at + hashes) == '"' {
-                    let end: Vec<char> = std::iter::once('"').chain(vec!['#'; hashes]).collect();
-                    let from = at + hashes + 1;
-                    let found = chars[from..].windows(end.len()).position(|it| it == end.as_slice());
-                    at = found.map_or(chars.len(), |found| from + found + end.len());
-                    text = Some("\"\"".to_owned());
-                } else if !(["b", "c"].contains(&word.as_str()) && peek(at) == '"') {
-                    text = Some(word);
-                }
-            }
-            (c, _) => {
-                at += 1;
-                text = (!c.is_whitespace()).then(|| c.to_string());
-            }
+            '\'' if rest.starts_with("'\\") || rest.chars().nth(2) == Some('\'') => (quoted(rest, '\''), ""),
+            _ => (first.len_utf8(), rest[..first.len_utf8()].trim()),
+        };
+        if !["", "'"].contains(&text) {
+            out.push(Token { text: text.to_owned(), line });
         }
-        line += chars[start..at].iter().filter(|c| **c == '\n').count();
-        out.extend(text.map(|text| Token { text, line: start_line }));
+        line += rest[..len].matches('\n').count();
+        rest = &rest[len..];
     }
     out
 }
 
-fn end_of_quoted(chars: &[char], start: usize, quote: char) -> usize {
-    let mut at = start + 1;
-    while at < chars.len() && chars[at] != quote {
-        at += if chars[at] == '\\' { 2 } else { 1 };
-    }
-    (at + 1).min(chars.len())
+/// The length of the string or character that `source` begins with.
+fn quoted(source: &str, quote: char) -> usize {
+    let mut escaped = false;
+    let end = source.char_indices().skip(1).find(|(_, c)| {
+        let ends = *c == quote && !escaped;
+        escaped = *c == '\\' && !escaped;
+        ends
+    });
+    end.map_or(source.len(), |(at, _)| at + 1)
 }
 
 /// Leaves out items under `#[cfg(test)]`; gives the names of such modules that are files of their own.
@@ -387,31 +389,27 @@ fn without_tests(tokens: Vec<Token>) -> (Vec<Token>, Vec<String>) {
     const MARK: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
     let (mut kept, mut modules, mut at) = (Vec::new(), Vec::new(), 0);
     while at < tokens.len() {
-        if !(0..MARK.len()).all(|n| text(&tokens, at + n) == MARK[n]) {
+        if (0..MARK.len()).any(|n| text(&tokens, at + n) != MARK[n]) {
             kept.push(tokens[at].clone());
             at += 1;
             continue;
         }
         at += MARK.len();
-        let start = at;
         let mut depth = 0_i32;
         // To the item's end: its `;`, or the end of its braces.
-        while at < tokens.len() {
+        loop {
             match text(&tokens, at) {
                 "(" | "[" | "{" => depth += 1,
                 ")" | "]" | "}" => depth -= 1,
+                "mod" if depth == 0 && text(&tokens, at + 2) == ";" => {
+                    modules.push(tokens[at + 1].text.clone())
+                }
                 _ => {}
             }
             at += 1;
-            if depth == 0 && [";", "}"].contains(&text(&tokens, at - 1)) {
+            if depth == 0 && [";", "}"].contains(&text(&tokens, at - 1)) || at >= tokens.len() {
                 break;
             }
-        }
-        let item = &tokens[start..at];
-        if let Some(name) = item.iter().position(|token| token.text == "mod").map(|n| text(item, n + 1))
-            && item.last().is_some_and(|token| token.text == ";")
-        {
-            modules.push(name.to_owned());
         }
     }
     (kept, modules)
@@ -419,11 +417,17 @@ fn without_tests(tokens: Vec<Token>) -> (Vec<Token>, Vec<String>) {
 
 // ---- The rules themselves ----
 
-/// The problems of one file in an otherwise empty house.
-fn problems_of(path: &str, source: &str) -> Vec<String> {
-    let mut problems = problems(&[(path.to_owned(), source.to_owned())]);
+/// The problems of these files in an otherwise empty house.
+fn problems_in(files: &[(&str, &str)]) -> Vec<String> {
+    let files: Vec<_> =
+        files.iter().map(|(path, source)| ((*path).to_owned(), (*source).to_owned())).collect();
+    let mut problems = problems(&files);
     problems.retain(|problem| !problem.starts_with("FLOORS "));
     problems
+}
+
+fn problems_of(path: &str, source: &str) -> Vec<String> {
+    problems_in(&[(path, source)])
 }
 
 #[test]
@@ -433,61 +437,38 @@ fn imports_that_point_up_are_found_however_they_are_written() {
         ("cache/mod.rs", "use crate::{buf::Buf, broker::{self, gate}};"),
         ("cache/mod.rs", "fn f() { crate::broker::ask() }"),
         ("cache/mod.rs", "use super::broker;"),
-        ("cache/lru.rs", "use super::super::{http, broker};"),
+        ("cache/lru.rs", "use super::super::{http, broker as b};"),
         ("http/body.rs", "pub(crate) type A<'a> = &'a crate::cache::Key;"),
         ("time.rs", "use crate::config::Config;"),
         ("net/mod.rs", "use crate::server::Server;"),
         ("broker/mod.rs", "use crate::conn::tls;"),
         ("broker/gate.rs", "#[cfg(any(test, fuzzing))]\nuse crate::conn::tls;"),
-    ] {
-        let found = problems_of(path, source);
-        assert_eq!(found.len(), 1, "{path}: {source}: {found:?}");
-        assert!(found[0].starts_with(&format!("src/{path}:{}: ", source.lines().count())), "{found:?}");
-    }
-}
-
-#[test]
-fn words_out_of_their_place_are_found() {
-    for (path, source) in [
-        ("cache/mod.rs", "let t = std::time::Instant::now();"),
-        ("cache/mod.rs", "let t = SystemTime::now();"),
-        ("cache/mod.rs", "if since.elapsed() > x {}"),
-        ("server/mod.rs", "let clock = crate::time::Clock::start();"),
-        ("server/mod.rs", "use mio::Poll;"),
-        ("server/mod.rs", "use mio;"),
-        ("server/mod.rs", "use ::mio::Poll;"),
-        ("server/mod.rs", "fn f(p: &::mio::Poll) {}"),
-        ("cli/run.rs", "std::process::exit(1);"),
-        ("cli/run.rs", "fn main() -> ExitCode {}"),
-        ("http/mod.rs", "todo!()"),
-        ("http/mod.rs", "let x = dbg!(y);"),
-        ("http/mod.rs", "unimplemented!(\"later\")"),
         ("http/mod.rs", "mod inner { fn f() {} }"),
         ("attic.rs", ""),
     ] {
         let found = problems_of(path, source);
-        assert_eq!(found.len(), 1, "{path}: {source}: {found:?}");
+        assert!(!found.is_empty() && found.len() < 3, "{path}: {source}: {found:?}");
+        let line = format!("src/{path}:{}: ", source.lines().count());
+        assert!(path == "attic.rs" || found.iter().all(|it| it.starts_with(&line)), "{found:?}");
     }
 }
 
 #[test]
 fn what_is_allowed_is_let_through() {
     for (path, source) in [
-        ("time.rs", "pub fn now() -> Instant { Instant::now() }"),
-        ("net/mio.rs", "use mio::Poll; use crate::time::Clock; use super::{Net, Token};"),
         ("cli/run.rs", "use crate::net::mio::{MioNet, listen};"),
         ("main.rs", "fn main() -> ExitCode { ExitCode::from(kms_agent::cli::main()) }"),
         ("broker/flight.rs", "use super::answer::Failure; use crate::cache::Key; pub(super) struct A;"),
         ("cache/lru.rs", "use super::Key; use crate::{buf, http::percent};"),
+        ("cache/mod.rs", "// crate::broker\n/* crate::broker */ /// [`crate::server`]\n"),
         (
             "cache/mod.rs",
-            "// crate::broker, dbg!\n/* todo!() /* Instant::now() */ */ /// [`crate::server`]\n",
+            r##"const A: &str = "crate::broker::B \" {"; const B: &str = r#"crate::cli "{""#;"##,
         ),
         (
             "cache/mod.rs",
-            r##"const A: &str = "crate::broker::B \" todo!()"; const B: &str = r#"todo!() ""#;"##,
+            r#"const A: &[u8] = b"crate::cli"; const B: char = '"'; fn f<'a>() { d("'{") } // "#,
         ),
-        ("cache/mod.rs", r#"const A: &[u8] = b"todo!()"; const B: char = '"'; fn f<'a>() { dbg("'") } // "#),
         (
             "cache/mod.rs",
             "#[cfg(test)]\n#[allow(x)]\nmod tests { use crate::broker::B; fn f() { dbg!(1) } }\nfn g() {}",
@@ -498,31 +479,56 @@ fn what_is_allowed_is_let_through() {
         assert!(found.is_empty(), "{path}: {source}: {found:?}");
     }
     // What follows a test item is looked at again.
-    assert_eq!(
-        problems_of("cache/mod.rs", "#[cfg(test)]\nmod tests { fn f() {} }\nfn g() { dbg!(1) }").len(),
-        1
-    );
+    let source = "#[cfg(test)]\nmod tests { fn f() {} }\nfn g() { crate::broker::ask() }";
+    assert_eq!(problems_of("cache/mod.rs", source).len(), 1);
     // A test module in a file of its own is a test.
     let files = [("broker/mod.rs", "#[cfg(test)]\nmod tests;"), ("broker/tests.rs", "use crate::server::S;")];
-    let found = problems(&files.map(|(path, source)| (path.to_owned(), source.to_owned())));
-    assert!(!found.iter().any(|problem| problem.contains("broker")), "{found:?}");
+    assert!(problems_in(&files).is_empty());
+}
+
+#[test]
+fn circles_between_files_are_found() {
+    for (a, b) in [
+        ("use super::b::B; pub struct A;", "use super::a::A; pub struct B;"),
+        ("fn f() { super::b::g() }", "fn g() { crate::cache::a::f() }"),
+        ("use super::{c, b::{self, B}};", "use crate::{buf::Buf, cache::{a::A as Z, c}};"),
+    ] {
+        let found = problems_in(&[("cache/a.rs", a), ("cache/b.rs", b), ("cache/mod.rs", "mod a; mod b;")]);
+        assert_eq!(found.len(), 1, "{a} {b}: {found:?}");
+        assert!(found[0].starts_with("src/cache/a.rs: imports itself by way of cache/b.rs"), "{found:?}");
+    }
+    // Methods of the parent's type are the parent's, whether it names anything of its child or not.
+    for (parent, child, is_circle) in [
+        ("use child::Child;", "pub(super) struct Child;", false),
+        ("use child::Child;", "use super::Put; pub(super) struct Child; impl Put for Child {}", true),
+        ("use child::Child;", "fn f(_: &super::Cache) {}", true),
+        ("", "use super::Cache; impl<N: Fn(A<B>) -> C> Cache<N> { fn f(&self) {} }", true),
+        ("", "use super::{Cache, Put}; impl<N> Put for Cache<N> {}", true),
+        ("", "use super::Put; struct Child; impl Put for Child {}", false),
+        ("", "use super::Cache; struct Child(Cache); impl Child { fn f(_: impl Fn() -> Cache) {} }", false),
+        ("", "use super::Cache; struct Child; impl From<Cache> for Child {}", false),
+    ] {
+        let parent = format!("mod child; {parent} pub(crate) struct Cache<N>(N); trait Put {{}}");
+        let found = problems_in(&[("cache/mod.rs", &parent), ("cache/child.rs", child)]);
+        assert_eq!(found.len(), usize::from(is_circle), "{child}: {found:?}");
+    }
+}
+
+#[test]
+fn long_and_deep_functions_are_found() {
+    for (lines, braces, is_fine) in [(70, 6, true), (71, 1, false), (1, 7, false)] {
+        let body = ["{".repeat(braces), "\n".repeat(lines - 1), "}".repeat(braces)].concat();
+        let found = problems_of("buf.rs", &format!("trait A {{ fn a(&self, b: [u8; 2]); }}\nfn f(){body}"));
+        assert_eq!(found.len(), usize::from(!is_fine), "{found:?}");
+        let told = format!("fn f has {lines} lines and nests {braces} ");
+        assert!(found.iter().all(|it| it.contains(&told)), "{found:?}");
+    }
 }
 
 #[test]
 fn the_map_must_say_what_the_floors_say() {
-    let map = |floors: &[&[&str]]| {
-        let row = |(n, floor): (usize, &&[&str])| {
-            let names: Vec<String> = floor.iter().map(|name| format!("[`{name}`]")).collect();
-            format!("//! | {} | {} | words |\n", n + 1, names.join(" "))
-        };
-        format!(
-            "//! | Floor | Modules | |\n//! |---|---|---|\n{}",
-            floors.iter().enumerate().map(row).collect::<String>()
-        )
-    };
-    assert!(problems_of("lib.rs", &map(FLOORS)).is_empty());
-    assert_eq!(problems_of("lib.rs", &map(&FLOORS[..7])).len(), 1);
-    let mut swapped = FLOORS.to_vec();
-    swapped.swap(3, 4);
-    assert_eq!(problems_of("lib.rs", &map(&swapped)).len(), 2);
+    let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    assert!(problems_of("lib.rs", &lib).is_empty());
+    assert_eq!(problems_of("lib.rs", &lib.replace("[`conn`]", "[`net`]")).len(), 1);
+    assert_eq!(problems_of("lib.rs", &lib.replace("//! | 3 |", "//! | 4 |")).len(), 1);
 }

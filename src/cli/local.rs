@@ -83,6 +83,7 @@ pub(super) fn ping(port: u16) -> Result<Response, LocalError> {
 }
 
 /// `header` is a name and what it carries.
+#[expect(clippy::disallowed_methods, reason = "a command has no loop that could hand it the time")]
 fn get(
     port: u16,
     target: &str,

@@ -283,6 +283,7 @@ struct Sink {
 }
 
 impl Sink {
+    #[expect(clippy::disallowed_methods, reason = "it puts the time on each line, and retries writing")]
     fn new(out: Box<dyn Output>, prefix: Prefix) -> Sink {
         Sink { lines: Arc::new(Mutex::new(Lines::new(out, prefix))), clock: Clock::start() }
     }

@@ -1,4 +1,9 @@
 //! [`Net`] on the real machine: mio's epoll, the system's sockets and clocks. The only user of mio.
+#![expect(
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    reason = "the only user of mio; gives the loop its time"
+)]
 
 use super::resolve::Resolver;
 use super::{Event, Net, Readiness, Signal, Token};
