@@ -750,3 +750,24 @@ fn a_failed_renewal_is_noted_and_no_failure_while_there_are_credentials() {
     health.on_credentials(Err(IdentityError::Everyone(Vec::new())), &access.identity, rig.now.mono);
     assert!(health.credentials.is_well() && health.credentials.last_error.is_some());
 }
+
+#[test]
+fn without_jitter_a_hot_value_is_refreshed_at_seventy_per_cent() {
+    let mut rig = Rig::new();
+    rig.broker.set_refresh_jitter(0);
+    rig.cached("hot");
+    rig.ask("/v1/hot");
+    rig.sleep_ms(69_999);
+    assert!(rig.calls.is_empty());
+    rig.sleep_ms(1);
+    assert_eq!(rig.calls.len(), 1);
+}
+
+#[test]
+fn a_new_token_takes_the_place_of_the_old_one() {
+    let mut rig = Rig::new();
+    rig.broker.set_token(Secret::from(&b"new"[..]));
+    assert_eq!(rig.ask("/v1/db").unwrap(), "403 InvalidToken");
+    rig.broker.set_token(Secret::from(&b"tok"[..]));
+    assert_eq!(rig.ask("/v1/db"), None);
+}
