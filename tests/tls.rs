@@ -629,7 +629,7 @@ fn a_call_survives_any_cut_and_leaves_a_connection_to_use_again() {
     under_all_cuts(|cuts| {
         let mut line = Line::new(&client, &server, REPLY, cuts);
         assert_replied(line.run(), 1, false);
-        assert!(line.outbound.call().is_none());
+        assert!(line.outbound.is_idle());
         line.ask_again(2);
         assert_replied(line.run(), 2, false);
         assert_eq!(line.requests, 1, "the second went out without being asked for");

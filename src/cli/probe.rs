@@ -86,7 +86,7 @@ impl Prober {
                 }
                 Step::SendRequest => {
                     outcome.secured = true;
-                    conn.request(&mut *request)
+                    conn.request(|_, out| request(out))
                 }
                 Step::Wait => match &mut socket {
                     Some(stream) => self.exchange(&mut conn, stream),

@@ -1,8 +1,8 @@
 //! A connection to KMS or the metadata service: one enum of states over a plain or TLS byte stream.
 //!
-//! `Resolving -> Connecting -> [Handshaking] -> Exchanging <-> Idle`. The server carries the bytes.
+//! `Busy (Resolving -> Connecting -> [Handshaking] -> Exchanging) <-> Idle`. The server carries the bytes.
 
-use super::tls::{Tls, TlsError};
+use super::tls::Tls;
 use crate::call::{Call, CallError, Service};
 use crate::config::HostPort;
 use crate::http::response::{Progress, REPLY_BYTES_MAX, Response, ResponseParser};
@@ -16,14 +16,46 @@ use zeroize::Zeroize as _;
 
 /// An unused connection is kept this long.
 const IDLE_LIFE: Duration = Duration::from_secs(60);
+const HANDSHAKE: &str = "TLS handshake with";
 
 /// Where a connection stands; data lives only in the state that has it.
 enum State {
-    Resolving { call: Call, since: Mono },
-    Connecting { call: Call, since: Mono, rest: Vec<SocketAddr> },
-    Handshaking { call: Call, since: Mono, rest: Vec<SocketAddr> },
-    Exchanging { call: Call, since: Mono, parser: Box<ResponseParser>, reused: bool },
-    Idle { since: Mono },
+    Idle {
+        since: Mono,
+    },
+    Busy {
+        call: Call,
+        /// When the stage began.
+        since: Mono,
+        stage: Stage,
+    },
+    /// Its call was given back, or it had none: only a goodbye is left to be sent.
+    Ended,
+}
+
+/// How far a call has come. `rest`: addresses that were not tried yet.
+enum Stage {
+    Resolving,
+    Connecting { rest: Vec<SocketAddr> },
+    Handshaking { rest: Vec<SocketAddr> },
+    Exchanging { parser: Box<ResponseParser>, reused: bool },
+}
+
+impl Stage {
+    /// The request goes out and the reply comes in. `reused`: on a connection that carried a call before.
+    fn exchanging(reused: bool) -> Stage {
+        Stage::Exchanging { parser: Box::new(ResponseParser::new(REPLY_BYTES_MAX)), reused }
+    }
+
+    /// What was tried, as messages have it before the origin.
+    const fn name(&self) -> &'static str {
+        match self {
+            Stage::Resolving => "resolve",
+            Stage::Connecting { .. } => "connect",
+            Stage::Handshaking { .. } => HANDSHAKE,
+            Stage::Exchanging { .. } => "reply of",
+        }
+    }
 }
 
 /// What bytes travel in.
@@ -76,7 +108,7 @@ impl Outbound {
         Outbound {
             service: call.service,
             origin: Rc::clone(&call.origin),
-            state: State::Resolving { call, since: now },
+            state: State::Busy { call, since: now, stage: Stage::Resolving },
             wire: Wire::Plain,
             pending: Vec::new(),
             sent: 0,
@@ -86,13 +118,13 @@ impl Outbound {
     /// Whether it waits for the addresses of this name.
     #[must_use]
     pub fn is_resolving(&self, host: &str, port: u16) -> bool {
-        matches!(self.state, State::Resolving { .. }) && self.origin.host == host && self.origin.port == port
+        matches!(self.stage(), Some(Stage::Resolving)) && self.origin.host == host && self.origin.port == port
     }
 
     /// Whether it is free to carry `call`.
     #[must_use]
     pub fn is_idle_for(&self, call: &Call) -> bool {
-        matches!(self.state, State::Idle { .. }) && self.service == call.service && self.origin == call.origin
+        self.is_idle() && self.service == call.service && self.origin == call.origin
     }
 
     /// Whether nothing is under way on it.
@@ -110,74 +142,69 @@ impl Outbound {
     /// Whether its socket is still being connected.
     #[must_use]
     pub const fn is_connecting(&self) -> bool {
-        matches!(self.state, State::Connecting { .. })
+        matches!(self.stage(), Some(Stage::Connecting { .. }))
+    }
+
+    const fn stage(&self) -> Option<&Stage> {
+        match &self.state {
+            State::Busy { stage, .. } => Some(stage),
+            State::Idle { .. } | State::Ended => None,
+        }
     }
 
     /// The addresses are known, or there are none.
     pub fn on_resolved(&mut self, result: &Result<Vec<SocketAddr>, String>, now: Mono) -> Step {
-        let Some(call) = self.take_call() else { return Step::Wait };
+        let State::Busy { since, stage, .. } = &mut self.state else { return Step::Wait };
         let why = match result.as_deref() {
             Ok([first, rest @ ..]) => {
-                self.state = State::Connecting { call, since: now, rest: rest.to_vec() };
+                (*since, *stage) = (now, Stage::Connecting { rest: rest.to_vec() });
                 return Step::Connect(*first);
             }
             Ok([]) => "the name has no address",
             Err(why) => why,
         };
-        let error = CallError::unreachable("resolve", &self.origin, why);
-        Step::Failed(call, error)
+        self.give_up(CallError::unreachable("resolve", &self.origin, why))
     }
 
     /// Connecting failed; the next address, if there is one, is to be tried now.
     pub fn on_connect_failed(&mut self, why: &std::io::Error, now: Mono) -> Step {
         let why = crate::log::Reason(why).to_string();
-        self.failed(now, |origin| CallError::unreachable("connect", origin, why))
+        self.fail(now, |origin| CallError::unreachable("connect", origin, why))
     }
 
     /// The socket is connected. With `tls` a handshake begins.
     pub fn on_connected(&mut self, tls: Option<Arc<ClientConfig>>, now: Mono) -> Step {
-        let rest = match &mut self.state {
-            State::Connecting { rest, .. } => std::mem::take(rest),
-            _ => Vec::new(),
-        };
-        let Some(call) = self.take_call() else { return Step::Wait };
+        let State::Busy { since, stage, .. } = &mut self.state else { return Step::Wait };
+        let Stage::Connecting { rest } = stage else { return Step::Wait };
+        let rest = std::mem::take(rest);
+        *since = now;
         let Some(config) = tls else {
-            self.state = exchanging(call, now, false);
+            *stage = Stage::exchanging(false);
             return Step::SendRequest;
         };
         match Tls::new(config, &self.origin.host) {
             Ok(tls) => {
                 self.wire = Wire::Tls(Box::new(tls));
-                self.state = State::Handshaking { call, since: now, rest };
+                *stage = Stage::Handshaking { rest };
                 self.fill_pending();
                 Step::Wait
             }
-            Err(error) => Step::Failed(call, self.tls_failed(&error)),
+            Err(error) => self.give_up(CallError::unreachable(HANDSHAKE, &self.origin, error)),
         }
     }
 
     /// An idle connection takes `call`; send its request.
     pub fn reuse(&mut self, call: Call, now: Mono) {
-        self.state = exchanging(call, now, true);
+        debug_assert!(self.is_idle(), "one call at a time");
+        self.state = State::Busy { call, since: now, stage: Stage::exchanging(true) };
     }
 
-    /// The call that a request is to be written for.
-    #[must_use]
-    pub fn call(&self) -> Option<&Call> {
-        match &self.state {
-            State::Resolving { call, .. }
-            | State::Connecting { call, .. }
-            | State::Handshaking { call, .. }
-            | State::Exchanging { call, .. } => Some(call),
-            State::Idle { .. } => None,
-        }
-    }
-
-    /// Sends the request that `write` makes. If it can make none, the call ends with its error, and the connection
-    /// with it.
-    pub fn request(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), CallError>) -> Step {
+    /// Sends the request that `write` makes for the call under way. If it can make none, the call ends with its
+    /// error, and the connection with it.
+    pub fn request(&mut self, write: impl FnOnce(&Call, &mut Vec<u8>) -> Result<(), CallError>) -> Step {
+        let State::Busy { call, .. } = &self.state else { return Step::Wait };
         let mut bytes = Vec::new();
-        let step = match write(&mut bytes) {
+        let step = match write(call, &mut bytes) {
             Ok(()) => {
                 self.send(&bytes);
                 Step::Wait
@@ -200,10 +227,16 @@ impl Outbound {
         self.fill_pending();
     }
 
+    /// The call, if there is one, ends with this error, and the connection with it.
     fn give_up(&mut self, error: CallError) -> Step {
-        match self.take_call() {
-            Some(call) => Step::Failed(call, error),
-            None => Step::Closed,
+        self.end().map_or(Step::Closed, |call| Step::Failed(call, error))
+    }
+
+    /// The connection ends; gives the call that was under way.
+    fn end(&mut self) -> Option<Call> {
+        match std::mem::replace(&mut self.state, State::Ended) {
+            State::Busy { call, .. } => Some(call),
+            State::Idle { .. } | State::Ended => None,
         }
     }
 
@@ -242,8 +275,7 @@ impl Outbound {
                 }
                 Err(error) => {
                     self.fill_pending();
-                    let error = self.tls_failed(&error);
-                    self.failed(now, |_| error)
+                    self.fail(now, |origin| CallError::unreachable(HANDSHAKE, origin, error))
                 }
             },
         };
@@ -256,11 +288,10 @@ impl Outbound {
             Wire::Tls(tls) => (tls.is_handshaking(), tls.peer_has_closed()),
             Wire::Plain => (false, false),
         };
-        if matches!(self.state, State::Handshaking { .. })
-            && !handshaking
-            && let Some(call) = self.take_call()
+        if !handshaking
+            && let State::Busy { since, stage: stage @ Stage::Handshaking { .. }, .. } = &mut self.state
         {
-            self.state = exchanging(call, now, false);
+            (*since, *stage) = (now, Stage::exchanging(false));
             return Step::SendRequest;
         }
         let step = if plaintext.is_empty() { Step::Wait } else { self.on_plaintext(plaintext, now) };
@@ -268,31 +299,28 @@ impl Outbound {
     }
 
     fn on_plaintext(&mut self, bytes: &[u8], now: Mono) -> Step {
-        let State::Exchanging { parser, .. } = &mut self.state else {
+        let State::Busy { stage: Stage::Exchanging { parser, .. }, .. } = &mut self.state else {
             // Nobody was asked anything.
-            return match self.take_call() {
-                Some(call) => {
-                    Step::Failed(call, CallError::invalid(&self.origin, "bytes before any request"))
-                }
-                None => Step::Closed,
-            };
+            return self.give_up(CallError::invalid(&self.origin, "bytes before any request"));
         };
         match parser.feed(bytes) {
             Ok(Progress::NeedMore) => Step::Wait,
             Ok(Progress::Done { used }) => self.replied(used == bytes.len(), now),
-            Err(error) => self.failed(now, |origin| CallError::invalid(origin, error)),
+            Err(error) => self.fail(now, |origin| CallError::invalid(origin, error)),
         }
     }
 
+    /// The reply is complete: the connection is idle.
     fn replied(&mut self, clean: bool, now: Mono) -> Step {
         match std::mem::replace(&mut self.state, State::Idle { since: now }) {
-            State::Exchanging { call, parser, .. } => {
+            State::Busy { call, stage: Stage::Exchanging { parser, .. }, .. } => {
                 let response = parser.into_response();
                 // A reply before the whole request was taken leaves the stream in an unknown state.
                 let close = !clean || !response.keep_alive || !self.pending().is_empty();
                 Step::Replied { call, response, close }
             }
             other => {
+                debug_assert!(false, "a reply to no request");
                 self.state = other;
                 Step::Wait
             }
@@ -300,29 +328,27 @@ impl Outbound {
     }
 
     /// The call fails, unless another address of the name is left to be tried.
-    fn failed(&mut self, now: Mono, error: impl FnOnce(&HostPort) -> CallError) -> Step {
-        let reached = matches!(self.state, State::Exchanging { .. });
-        match std::mem::replace(&mut self.state, State::Idle { since: now }) {
-            State::Connecting { call, mut rest, .. } | State::Handshaking { call, mut rest, .. }
-                if !rest.is_empty() && now < call.deadline =>
-            {
-                // What was begun with the last one is void.
-                self.wire = Wire::Plain;
-                self.pending.zeroize();
-                self.sent = 0;
-                let address = rest.remove(0);
-                self.state = State::Connecting { call, since: now, rest };
-                Step::Connect(address)
+    fn fail(&mut self, now: Mono, error: impl FnOnce(&HostPort) -> CallError) -> Step {
+        let mut reached = false;
+        if let State::Busy { call, since, stage } = &mut self.state {
+            match stage {
+                Stage::Connecting { rest } | Stage::Handshaking { rest }
+                    if !rest.is_empty() && now < call.deadline =>
+                {
+                    // What was begun with the last one is void.
+                    self.wire = Wire::Plain;
+                    self.pending.zeroize();
+                    self.sent = 0;
+                    let address = rest.remove(0);
+                    (*since, *stage) = (now, Stage::Connecting { rest: std::mem::take(rest) });
+                    return Step::Connect(address);
+                }
+                Stage::Exchanging { .. } => reached = true,
+                _ => {}
             }
-            State::Resolving { call, .. }
-            | State::Connecting { call, .. }
-            | State::Handshaking { call, .. }
-            | State::Exchanging { call, .. } => {
-                let error = error(&self.origin);
-                Step::Failed(call, if reached { error.reached() } else { error })
-            }
-            State::Idle { .. } => Step::Closed,
         }
+        let error = error(&self.origin);
+        self.give_up(if reached { error.reached() } else { error })
     }
 
     /// The peer's bytes have come to a proper end: TLS's `close_notify`, or TCP's in plain HTTP.
@@ -330,7 +356,7 @@ impl Outbound {
         if let Some(step) = self.dead_from_the_pool() {
             return step;
         }
-        if let State::Exchanging { parser, .. } = &mut self.state
+        if let State::Busy { stage: Stage::Exchanging { parser, .. }, .. } = &mut self.state
             && parser.started()
             && parser.on_eof().is_ok()
         {
@@ -359,70 +385,55 @@ impl Outbound {
     /// A pooled connection that ended without a byte of reply was closed while nobody looked.
     fn dead_from_the_pool(&mut self) -> Option<Step> {
         match &self.state {
-            State::Exchanging { reused: true, parser, .. } if !parser.started() => {
-                self.take_call().map(Step::Again)
+            State::Busy { stage: Stage::Exchanging { reused: true, parser }, .. } if !parser.started() => {
+                self.end().map(Step::Again)
             }
-            State::Idle { .. } => Some(Step::Closed),
-            _ => None,
+            State::Busy { .. } => None,
+            State::Idle { .. } | State::Ended => Some(Step::Closed),
         }
     }
 
     fn broken(&mut self, why: &str, now: Mono) -> Step {
-        let stage = self.stage();
-        let truncated = matches!(&self.state, State::Exchanging { parser, .. } if parser.started());
-        self.failed(now, |origin| {
+        let (name, truncated) = match self.stage() {
+            Some(stage @ Stage::Exchanging { parser, .. }) => (stage.name(), parser.started()),
+            Some(stage) => (stage.name(), false),
+            None => return Step::Closed,
+        };
+        self.fail(now, |origin| {
             if truncated {
                 CallError::invalid(origin, why)
             } else {
-                CallError::unreachable(stage, origin, why)
+                CallError::unreachable(name, origin, why)
             }
         })
-    }
-
-    fn tls_failed(&self, error: &TlsError) -> CallError {
-        CallError::unreachable("TLS handshake with", &self.origin, error)
-    }
-
-    const fn stage(&self) -> &'static str {
-        match self.state {
-            State::Resolving { .. } => "resolve",
-            State::Connecting { .. } => "connect",
-            State::Handshaking { .. } => "TLS handshake with",
-            State::Exchanging { .. } | State::Idle { .. } => "reply of",
-        }
     }
 
     /// When [`Outbound::on_time`] is due.
     #[must_use]
     pub fn deadline(&self) -> Mono {
         let limits = self.service.timeouts();
-        let (call, end) = match &self.state {
-            State::Resolving { call, since } => (call, since.after(limits.resolve)),
-            State::Connecting { call, since, .. } => (call, since.after(limits.connect)),
-            State::Handshaking { call, since, .. } => (call, since.after(limits.handshake)),
-            State::Exchanging { call, since, .. } => (call, since.after(limits.reply)),
-            State::Idle { since } => return since.after(IDLE_LIFE),
-        };
-        end.min(call.deadline)
+        match &self.state {
+            State::Busy { call, since, stage } => {
+                let limit = match stage {
+                    Stage::Resolving => limits.resolve,
+                    Stage::Connecting { .. } => limits.connect,
+                    Stage::Handshaking { .. } => limits.handshake,
+                    Stage::Exchanging { .. } => limits.reply,
+                };
+                since.after(limit).min(call.deadline)
+            }
+            State::Idle { since } => since.after(IDLE_LIFE),
+            State::Ended => Mono::default(),
+        }
     }
 
     /// Its deadline has passed.
     pub fn on_time(&mut self, now: Mono) -> Step {
-        let stage = self.stage();
-        let since = match &self.state {
-            State::Resolving { since, .. }
-            | State::Connecting { since, .. }
-            | State::Handshaking { since, .. }
-            | State::Exchanging { since, .. }
-            | State::Idle { since } => *since,
-        };
+        let State::Busy { since, stage, .. } = &self.state else { return Step::Closed };
         // Told as it was set, not with the tick's delay.
-        let after_ms = u64::try_from(now.since(since).as_millis()).unwrap_or(u64::MAX) / 100 * 100;
-        let error = |origin: &HostPort| CallError::timeout(stage, origin, Duration::from_millis(after_ms));
-        match &self.state {
-            State::Idle { .. } => Step::Closed,
-            _ => self.failed(now, error),
-        }
+        let after_ms = u64::try_from(now.since(*since).as_millis()).unwrap_or(u64::MAX) / 100 * 100;
+        let (name, after) = (stage.name(), Duration::from_millis(after_ms));
+        self.fail(now, |origin| CallError::timeout(name, origin, after))
     }
 
     /// Says goodbye as far as TLS wants it; send what is pending, then close.
@@ -432,21 +443,71 @@ impl Outbound {
         }
         self.fill_pending();
     }
-
-    fn take_call(&mut self) -> Option<Call> {
-        match std::mem::replace(&mut self.state, State::Idle { since: Mono::default() }) {
-            State::Resolving { call, .. }
-            | State::Connecting { call, .. }
-            | State::Handshaking { call, .. }
-            | State::Exchanging { call, .. } => Some(call),
-            State::Idle { since } => {
-                self.state = State::Idle { since };
-                None
-            }
-        }
-    }
 }
 
-fn exchanging(call: Call, now: Mono, reused: bool) -> State {
-    State::Exchanging { call, since: now, parser: Box::new(ResponseParser::new(REPLY_BYTES_MAX)), reused }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::{CallErrorKind, CallId};
+
+    fn at(ms: u64) -> Mono {
+        Mono::from_micros(ms * 1000)
+    }
+
+    fn call(id: u64) -> Call {
+        let origin = Rc::new(HostPort { host: "metadata".into(), port: 80 });
+        Call { id: CallId(id), service: Service::Metadata, origin, deadline: at(900) }
+    }
+
+    fn connecting(addresses: u16) -> Outbound {
+        let mut conn = Outbound::new(call(1), at(0));
+        let addresses = (0..addresses).map(|port| SocketAddr::from(([127, 0, 0, 1], port))).collect();
+        assert!(matches!(conn.on_resolved(&Ok(addresses), at(0)), Step::Connect(_)));
+        conn
+    }
+
+    #[test]
+    fn a_failed_connection_is_neither_idle_nor_busy() {
+        let mut conn = connecting(1);
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        assert!(matches!(
+            conn.on_connect_failed(&refused, at(1)),
+            Step::Failed(Call { id: CallId(1), .. }, _)
+        ));
+        assert!(!conn.is_idle() && !conn.is_idle_for(&call(2)) && !conn.is_connecting());
+        assert_eq!(conn.deadline(), Mono::default(), "due at once, should it be kept");
+        assert!(matches!(conn.on_time(at(2)), Step::Closed));
+        assert!(matches!(conn.on_bytes(b"late", at(2)), Step::Closed));
+        assert!(matches!(conn.on_end(None, at(2)), Step::Closed));
+    }
+
+    #[test]
+    fn no_address_is_tried_after_the_calls_end() {
+        let mut conn = connecting(3);
+        assert!(matches!(conn.on_time(at(899)), Step::Connect(_)));
+        assert_eq!(conn.deadline(), at(900), "the call's, which is nearer than the stage's");
+        let Step::Failed(_, error) = conn.on_time(at(900)) else { panic!() };
+        assert_eq!((error.kind, error.reached), (CallErrorKind::Timeout, false));
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_made_ends_its_call() {
+        let mut conn = connecting(2);
+        assert!(matches!(conn.on_connected(None, at(1)), Step::SendRequest));
+        let error = CallError::unreachable("sign for", &call(1).origin, "no credentials");
+        let step = conn.request(|call, _| {
+            assert_eq!(call.id, CallId(1));
+            Err(error.clone())
+        });
+        let Step::Failed(_, got) = step else { panic!("{step:?}") };
+        assert_eq!(got, error, "as it is: no other address is tried, and nothing was reached");
+        assert!(conn.pending().is_empty());
+    }
+
+    #[test]
+    fn bytes_before_a_request_are_no_reply() {
+        let mut conn = connecting(1);
+        let Step::Failed(_, error) = conn.on_bytes(b"HTTP/1.1 200 OK\r\n", at(1)) else { panic!() };
+        assert_eq!((error.kind, error.reached), (CallErrorKind::InvalidResponse, true));
+    }
 }

@@ -191,8 +191,7 @@ impl<N: Net> Server<N> {
     }
 
     fn write_request(&mut self, conn: &mut Outbound) -> Step {
-        let Some(call) = conn.call().cloned() else { return Step::Wait };
-        conn.request(|out| self.broker.write_request(&call, self.now, out))
+        conn.request(|call, out| self.broker.write_request(call, self.now, out))
     }
 
     fn flush_outbound(&mut self, token: Token, conn: &mut Outbound) -> io::Result<()> {
