@@ -8,7 +8,7 @@ use kms_agent::identity::Identity;
 use kms_agent::net::{Event, Net, Readiness, Token};
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
-use kms_agent::server::{Host, Parts, Server, TokenSource};
+use kms_agent::server::{Host, Parts, Server};
 use kms_agent::time::{Mono, Now};
 use rustls::ClientConfig;
 use std::collections::VecDeque;
@@ -161,17 +161,13 @@ impl Net for Wire {
     fn close(&mut self, _: Token) {}
 }
 
-struct Fixed;
-
-impl TokenSource for Fixed {
-    fn poll(&mut self) -> Option<Secret> {
-        None
-    }
-}
-
 struct Process;
 
 impl Host for Process {
+    fn poll_token(&mut self) -> Option<Secret> {
+        None
+    }
+
     fn on_tick_end(&mut self) {}
 
     fn on_reload(&mut self) -> Option<Arc<ClientConfig>> {
@@ -199,7 +195,6 @@ impl Agent {
             broker,
             connections_max: 800,
             tls: None,
-            tokens: Box::new(Fixed),
             host: Box::new(Process),
         });
         let mut agent = Agent { server, events: Vec::with_capacity(1024) };

@@ -13,7 +13,7 @@ use crate::net::Net as _;
 use crate::net::mio::{MioNet, listen};
 use crate::random::Random;
 use crate::secret::Secret;
-use crate::server::{Host, Parts, Server, TokenSource};
+use crate::server::{Host, Parts, Server};
 use crate::time::Mono;
 use crate::token::{self, Source, TokenError, Watch};
 use rustix::process::{Resource, Rlimit};
@@ -152,8 +152,7 @@ impl Agent {
             broker,
             connections_max: config.server.max_conn,
             tls: Some(tls),
-            tokens: Box::new(Watch::new(source, token)),
-            host: Box::new(Process { log, ca_file, port, watchdog }),
+            host: Box::new(Process { token: Watch::new(source, token), log, ca_file, port, watchdog }),
         });
         if let Some(harden) = harden {
             harden.restrict_calls();
@@ -179,14 +178,9 @@ impl Agent {
     }
 }
 
-impl TokenSource for Watch {
-    fn poll(&mut self) -> Option<Secret> {
-        Watch::poll(self)
-    }
-}
-
 /// What the loop wants of its process.
 struct Process {
+    token: Watch,
     log: LogHandle,
     ca_file: Option<PathBuf>,
     port: u16,
@@ -194,6 +188,10 @@ struct Process {
 }
 
 impl Host for Process {
+    fn poll_token(&mut self) -> Option<Secret> {
+        self.token.poll()
+    }
+
     fn on_tick_end(&mut self) {
         self.log.flush();
     }

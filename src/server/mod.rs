@@ -40,25 +40,22 @@ const OUT_BYTES: usize = 256 * 1024;
 /// Refused requests logged a second, and at once.
 const REFUSALS_LOGGED: (u32, u32) = (5, 20);
 
-/// Where the token comes from.
-pub trait TokenSource {
-    /// The token, if it is another one than before. Called at most every half second.
-    fn poll(&mut self) -> Option<Secret>;
-}
-
 /// What the process around the loop does for it.
 pub trait Host {
-    /// The end of a tick: what was logged may be written now.
+    /// The token, if it is another one than before. Called at SIGHUP, and otherwise at most every half second.
+    fn poll_token(&mut self) -> Option<Secret>;
+    /// A tick ends: what was logged may be written now.
     fn on_tick_end(&mut self);
-    /// SIGHUP: reopen the log, and read the files again that TLS trusts.
+    /// SIGHUP came: reopen the log, and read the files again that TLS trusts. Gives what TLS uses from now on, or
+    /// `None` to leave it as it is.
     fn on_reload(&mut self) -> Option<Arc<ClientConfig>>;
-    /// SIGTERM or SIGINT: so many connections are open.
+    /// SIGTERM or SIGINT came for the first time, with this many client connections open.
     fn on_drain(&mut self, _connections: usize) {}
-    /// When the loop is to show that it is alive; [`Mono::NEVER`]: nobody wants to know.
+    /// When [`Host::on_alive`] is to be called; [`Mono::NEVER`] where no watchdog is set.
     fn watchdog_due(&self) -> Mono {
         Mono::NEVER
     }
-    /// It is.
+    /// The loop is alive after [`Host::watchdog_due`].
     fn on_alive(&mut self, _now: Mono) {}
 }
 
@@ -72,9 +69,7 @@ pub struct Parts<N> {
     pub connections_max: usize,
     /// TLS for KMS; `None` speaks plain HTTP to it, which only the simulation does.
     pub tls: Option<Arc<ClientConfig>>,
-    /// The token's source.
-    pub tokens: Box<dyn TokenSource>,
-    /// The process.
+    /// The process around the loop.
     pub host: Box<dyn Host>,
 }
 
@@ -84,7 +79,6 @@ pub struct Server<N> {
     broker: Broker,
     connections_max: usize,
     tls: Option<Arc<ClientConfig>>,
-    tokens: Box<dyn TokenSource>,
     host: Box<dyn Host>,
     now: Now,
     token_seen: Mono,
@@ -131,7 +125,6 @@ impl<N: Net> Server<N> {
             broker: parts.broker,
             connections_max: parts.connections_max,
             tls: parts.tls,
-            tokens: parts.tokens,
             host: parts.host,
             now,
             token_seen: now.mono,
@@ -255,7 +248,7 @@ impl<N: Net> Server<N> {
 
     fn see_token(&mut self) {
         self.token_seen = self.now.mono;
-        if let Some(token) = self.tokens.poll() {
+        if let Some(token) = self.host.poll_token() {
             log::info!("the token has changed; the old one stops working");
             self.broker.set_token(token);
         }

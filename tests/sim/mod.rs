@@ -16,7 +16,7 @@ use kms_agent::identity::Identity;
 use kms_agent::net::{Event, Signal};
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
-use kms_agent::server::{Host, Parts, Server, TokenSource};
+use kms_agent::server::{Host, Parts, Server};
 use net::SimNet;
 use rng::Rng;
 use rustls::ClientConfig;
@@ -40,13 +40,13 @@ pub struct Outcome {
     pub hits: Hits,
 }
 
-struct Tokens {
+struct Process {
     world: Rc<RefCell<World>>,
     given: usize,
 }
 
-impl TokenSource for Tokens {
-    fn poll(&mut self) -> Option<Secret> {
+impl Host for Process {
+    fn poll_token(&mut self) -> Option<Secret> {
         let world = self.world.borrow();
         let newest = world.model.tokens.len() - 1;
         (newest > self.given).then(|| {
@@ -54,11 +54,7 @@ impl TokenSource for Tokens {
             Secret::from(world.model.tokens[newest].1.as_str())
         })
     }
-}
 
-struct Process;
-
-impl Host for Process {
     fn on_tick_end(&mut self) {}
 
     fn on_reload(&mut self) -> Option<Arc<ClientConfig>> {
@@ -234,8 +230,7 @@ pub fn run(seed: u64, ticks_max: Option<u64>, printing: bool) -> Outcome {
         broker,
         connections_max: set.connections_max,
         tls: None,
-        tokens: Box::new(Tokens { world: Rc::clone(&world), given: 0 }),
-        host: Box::new(Process),
+        host: Box::new(Process { world: Rc::clone(&world), given: 0 }),
     });
     let mut events: Vec<Event> = Vec::new();
     let mut goes_on = true;
