@@ -29,12 +29,13 @@
 //! (some ten minutes). The smaller fleet's figures fluctuate more: 15 % around a wave's mean instead of 5 %.
 
 use kms_agent::broker::answer::XCache;
-use kms_agent::broker::{Broker, ClientId, Disposition, Output};
+use kms_agent::broker::{Broker, ClientId, Disposition, Output, Visit};
 use kms_agent::call::{Call, CallError, CallId, Service};
 use kms_agent::config::{Config, HostPort};
 use kms_agent::http::request::{Parsed, header_room, parse};
 use kms_agent::http::response::Response;
 use kms_agent::identity::Identity;
+use kms_agent::metrics::Connections;
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
 use kms_agent::time::{Mono, Now};
@@ -225,7 +226,8 @@ impl Fleet {
         let Parsed::Request(request, _) = parse(head.as_bytes(), &mut room) else { panic!("{head}") };
         self.scratch.clear();
         let client = ClientId(u64::from(host) * SECRETS as u64 + u64::from(secret));
-        match it.broker.ask(client, &request, false, false, now, &mut self.scratch) {
+        let visit = Visit { last: false, past_cap: false, open: 1, counted: &Connections::default() };
+        match it.broker.ask(client, &request, visit, now, &mut self.scratch) {
             Disposition::Answered(done) => {
                 self.answered(host, secret, done.status, done.x_cache);
             }

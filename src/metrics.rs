@@ -136,7 +136,6 @@ pub struct Metrics {
     pub(crate) refreshes: u64,
     /// Fetches of credentials that brought some, and that did not.
     pub(crate) credential_fetches: Fetches,
-    pub(crate) connections: Connections,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -145,9 +144,9 @@ pub(crate) struct Fetches {
     pub(crate) failed: u64,
 }
 
+/// What became of clients' connections since the start.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Connections {
-    pub(crate) open: usize,
+pub struct Connections {
     pub(crate) accepted: u64,
     /// Could not be accepted: no descriptor or no memory.
     pub(crate) accept_failures: u64,
@@ -164,6 +163,8 @@ pub(crate) struct Gauges {
     pub(crate) cached: (usize, usize),
     /// `CacheSize` and `CacheBytes`.
     pub(crate) cached_max: (usize, usize),
+    pub(crate) connections: Connections,
+    pub(crate) connections_open: usize,
     pub(crate) connections_max: usize,
     /// KMS counts as down.
     pub(crate) circuit_open: bool,
@@ -241,7 +242,7 @@ impl Metrics {
 
     /// The families of one sample without labels: name, help, value.
     fn singles(&self, gauges: &Gauges) -> [(&'static str, &'static str, u64); 13] {
-        let Connections { open, accepted, accept_failures, timed_out, displaced } = self.connections;
+        let Connections { accepted, accept_failures, timed_out, displaced } = gauges.connections;
         let refused = self.failures[Code::ConnectionLimitExceeded as usize];
         let ((entries, bytes), (entries_max, bytes_max)) = (gauges.cached, gauges.cached_max);
         let is_open = gauges.circuit_open.into();
@@ -251,7 +252,7 @@ impl Metrics {
             ("cache_max_entries", "CacheSize.", entries_max as u64),
             ("cache_bytes", "Bytes of the values in the cache.", bytes as u64),
             ("cache_max_bytes", "CacheBytes.", bytes_max as u64),
-            ("connections", "Connections of clients that are open.", open as u64),
+            ("connections", "Connections of clients that are open.", gauges.connections_open as u64),
             ("max_connections", "MaxConn.", gauges.connections_max as u64),
             ("connections_accepted_total", "Connections accepted.", accepted),
             ("connections_refused_total", "Requests told that MaxConn is reached (429).", refused),

@@ -25,7 +25,7 @@ use crate::http::request::{Reject, Request};
 use crate::http::write::Persistence;
 use crate::identity::Identity;
 use crate::kms::format::Kv;
-use crate::metrics::{Gauges, Metrics, Outcome};
+use crate::metrics::{Connections, Gauges, Metrics, Outcome};
 use crate::random::Random;
 use crate::secret::Secret;
 use crate::time::{Mono, Now};
@@ -58,6 +58,19 @@ pub struct Answer {
     pub client: ClientId,
     manner: ReplyStyle,
     content: Content,
+}
+
+/// The connection that a request came on, and all of them as they are counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Visit<'a> {
+    /// The connection serves no other request after this one.
+    pub last: bool,
+    /// The connection is past `MaxConn`, so that only `/ping` is served.
+    pub past_cap: bool,
+    /// Client connections that are open now.
+    pub open: usize,
+    /// What became of client connections since the start.
+    pub counted: &'a Connections,
 }
 
 /// What became of a request.
@@ -141,46 +154,46 @@ impl Broker {
         (self.health.pid, self.health.started) = (pid, started);
     }
 
-    /// The counters; the server adds those of connections.
-    pub fn metrics_mut(&mut self) -> &mut Metrics {
-        &mut self.metrics
-    }
-
     /// From now on every reply is its connection's last.
     pub fn drain(&mut self) {
         self.draining = true;
     }
 
-    /// Answers a request into `out`, or lets the client wait. `last`: its connection serves no other;
-    /// `busy`: it came past `MaxConn`.
+    /// Whether [`Broker::drain`] was called.
+    #[must_use]
+    pub const fn is_draining(&self) -> bool {
+        self.draining
+    }
+
+    /// Answers a request into `out`, or lets the client wait.
     pub fn ask(
         &mut self,
         client: ClientId,
         request: &Request<'_, '_>,
-        last: bool,
-        busy: bool,
+        visit: Visit<'_>,
         now: Now,
         out: &mut Vec<u8>,
     ) -> Disposition {
         self.writer.set_time(now.unix_s);
-        let persistence = match (request.keep_alive && !last && !busy && !self.draining, request.http10) {
+        let keep_alive = request.keep_alive && !visit.last && !visit.past_cap && !self.draining;
+        let persistence = match (keep_alive, request.http10) {
             (false, _) => Persistence::Close,
             (true, false) => Persistence::KeepAlive,
             (true, true) => Persistence::KeepAliveSaid,
         };
         let mut manner = ReplyStyle { head_only: request.method == "HEAD", kv: Kv::V1, persistence };
-        match gate::pass(request, &self.server, &self.token, busy) {
+        match gate::pass(request, &self.server, &self.token, visit.past_cap) {
             Ok(Route::Ping) => {
                 self.writer.healthy(out, manner);
                 Disposition::Answered(self.done(Outcome::Ping, persistence))
             }
             Ok(Route::Metrics) => {
                 let done = self.done(Outcome::Metrics, persistence);
-                self.writer.metrics(out, &self.metrics.render(&self.gauges()), manner);
+                self.writer.metrics(out, &self.metrics.render(&self.gauges(visit)), manner);
                 Disposition::Answered(done)
             }
             Ok(Route::Status) => {
-                self.writer.status(out, &self.status(now), manner);
+                self.writer.status(out, &self.status(visit.open, now), manner);
                 Disposition::Answered(self.done(Outcome::Status, persistence))
             }
             Ok(Route::Secret(question)) => {
@@ -204,10 +217,12 @@ impl Broker {
         Done { status: 200, x_cache: None, code: None, persistence }
     }
 
-    fn gauges(&self) -> Gauges {
+    fn gauges(&self, visit: Visit<'_>) -> Gauges {
         Gauges {
             cached: self.cache.size(),
             cached_max: self.cache.size_max(),
+            connections: *visit.counted,
+            connections_open: visit.open,
             connections_max: self.server.max_conn,
             circuit_open: self.circuit.is_open(),
             credentials_expire_unix_s: self.health.credentials_expire_unix_s,
@@ -215,11 +230,11 @@ impl Broker {
         }
     }
 
-    fn status(&self, now: Now) -> String {
+    fn status(&self, connections_open: usize, now: Now) -> String {
         let status = Status {
             health: &self.health,
             cached: self.cache.size(),
-            connections_open: self.metrics.connections.open,
+            connections_open,
             connections_max: self.server.max_conn,
             clock_offset_s: self.access.identity.clock_offset_s(),
         };

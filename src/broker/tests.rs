@@ -57,7 +57,8 @@ impl Rig {
         let head = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: tok\r\n\r\n");
         let (mut room, mut out) = (header_room(), Vec::new());
         let Parsed::Request(request, _) = parse(head.as_bytes(), &mut room) else { panic!("{target}") };
-        let asked = self.broker.ask(ClientId(self.next_client), &request, false, false, self.now, &mut out);
+        let visit = Visit { last: false, past_cap: false, open: 1, counted: &Connections::default() };
+        let asked = self.broker.ask(ClientId(self.next_client), &request, visit, self.now, &mut out);
         self.settle();
         match asked {
             Disposition::Answered(_) => Some(summary(&out)),

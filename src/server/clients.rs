@@ -1,7 +1,7 @@
 //! The clients' side of the loop: accept, read, ask, write, close.
 
 use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server, wipe};
-use crate::broker::{Answer, ClientId, Disposition, Done};
+use crate::broker::{Answer, ClientId, Disposition, Done, Visit};
 use crate::buf::Buf;
 use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, READ_BYTES, State};
 use crate::http::request::{Parsed, Request, asks_for_head, header_room, parse};
@@ -67,7 +67,7 @@ impl<N: Net> Server<N> {
                 match self.net.accept(listener, token) {
                     Ok(()) => {
                         accepted += 1;
-                        self.broker.metrics_mut().connections.accepted += 1;
+                        self.counted.accepted += 1;
                         self.welcome(token);
                     }
                     Err(error) => {
@@ -98,7 +98,6 @@ impl<N: Net> Server<N> {
         let conn = Inbound::new(reserve, accepted);
         self.deadline_floor = self.deadline_floor.min(conn.deadline());
         self.inbound.put(token, conn);
-        self.broker.metrics_mut().connections.open = self.inbound.len();
     }
 
     fn on_accept_error(&mut self, listener: usize, error: &io::Error) {
@@ -111,7 +110,7 @@ impl<N: Net> Server<N> {
             // The client was gone before we came to it.
             io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
             _ => {
-                self.broker.metrics_mut().connections.accept_failures += 1;
+                self.counted.accept_failures += 1;
                 // No descriptor or no memory: the connection stays in the backlog, and asking again at once
                 // would only burn the core.
                 if let Some(left_out) = self.accept_failures.admit(self.now.mono) {
@@ -130,7 +129,7 @@ impl<N: Net> Server<N> {
         let gladly = fitting.filter_map(|(token, conn)| Some((conn.makes_room(now)?, token)));
         match gladly.min_by_key(|(rank, _)| *rank) {
             Some((_, token)) => {
-                self.broker.metrics_mut().connections.displaced += 1;
+                self.counted.displaced += 1;
                 self.close_inbound(token);
                 true
             }
@@ -192,7 +191,6 @@ impl<N: Net> Server<N> {
         self.reserve_used -= usize::from(conn.reserve);
         self.net.close(token);
         self.inbound.vacate(token);
-        self.broker.metrics_mut().connections.open = self.inbound.len();
         self.room_at = self.now.mono;
     }
 
@@ -332,7 +330,9 @@ impl<N: Net> Server<N> {
                     used += head_bytes;
                     let last = ended && used == bytes.len();
                     let busy = conn.reserve && !self.promote(conn);
-                    match self.broker.ask(ClientId(token.to_bits()), &request, last, busy, self.now, out) {
+                    let open = self.inbound.len();
+                    let visit = Visit { last, past_cap: busy, open, counted: &self.counted };
+                    match self.broker.ask(ClientId(token.to_bits()), &request, visit, self.now, out) {
                         Disposition::Waiting => {
                             let shown = if log::log_enabled!(log::Level::Debug) {
                                 Shown(&request).to_string()
@@ -484,7 +484,7 @@ impl<N: Net> Server<N> {
             let heads = self.inbound.iter().filter(|(_, conn)| matches!(conn.state, State::Head { .. }));
             match heads.min_by_key(|(_, conn)| conn.accepted) {
                 Some((token, _)) => {
-                    self.broker.metrics_mut().connections.displaced += 1;
+                    self.counted.displaced += 1;
                     self.close_inbound(token);
                 }
                 None => return,

@@ -12,6 +12,7 @@ use crate::call::Service;
 use crate::conn::inbound::{Inbound, READ_BYTES, State};
 use crate::conn::outbound::Outbound;
 use crate::log::RateLimit;
+use crate::metrics::Connections;
 use crate::net::{Event, Net, Readiness, Signal, Token};
 use crate::secret::Secret;
 use crate::time::{Mono, Now};
@@ -109,6 +110,7 @@ pub struct Server<N> {
     out_used: usize,
     refusals: RateLimit,
     accept_failures: RateLimit,
+    counted: Connections,
     /// Set once SIGTERM came: when patience ends.
     drain_until: Option<Mono>,
 }
@@ -143,6 +145,7 @@ impl<N: Net> Server<N> {
             out_used: 0,
             refusals: RateLimit::new(REFUSALS_LOGGED.0, REFUSALS_LOGGED.1),
             accept_failures: RateLimit::new(1, 1),
+            counted: Connections::default(),
             drain_until: None,
         }
     }
@@ -308,7 +311,7 @@ impl<N: Net> Server<N> {
             // After the last reply the end of the wait is nobody's fault.
             let lingers =
                 self.inbound.get(token).is_some_and(|conn| matches!(conn.state, State::Lingering { .. }));
-            self.broker.metrics_mut().connections.timed_out += u64::from(!lingers);
+            self.counted.timed_out += u64::from(!lingers);
             // A client that broke its deadline gets no reply: it would not be the one to a request.
             self.close_inbound(token);
         }
