@@ -6,7 +6,7 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Whom a call is for; decides TLS and the timeouts.
+/// The service that a call is for; decides TLS and the timeouts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
     /// KMS, over TLS.
@@ -51,19 +51,15 @@ impl Service {
     /// The stage limits; the metadata service is a hop away, and official SDKs give it 1 s.
     #[must_use]
     pub const fn timeouts(self) -> Timeouts {
-        match self {
-            Service::Kms | Service::Sts | Service::CredentialsUri { .. } => Timeouts {
-                resolve: Duration::from_secs(5),
-                connect: Duration::from_secs(2),
-                handshake: Duration::from_secs(3),
-                reply: Duration::from_secs(5),
-            },
-            Service::Metadata => Timeouts {
-                resolve: Duration::from_secs(1),
-                connect: Duration::from_secs(1),
-                handshake: Duration::from_secs(1),
-                reply: Duration::from_secs(1),
-            },
+        let (resolve, connect, handshake, reply) = match self {
+            Service::Kms | Service::Sts | Service::CredentialsUri { .. } => (5, 2, 3, 5),
+            Service::Metadata => (1, 1, 1, 1),
+        };
+        Timeouts {
+            resolve: Duration::from_secs(resolve),
+            connect: Duration::from_secs(connect),
+            handshake: Duration::from_secs(handshake),
+            reply: Duration::from_secs(reply),
         }
     }
 }
@@ -78,11 +74,11 @@ pub struct CallId(pub u64);
 /// One request to be made and answered.
 #[derive(Clone, Debug)]
 pub struct Call {
-    /// Its number.
+    /// Names it when its outcome is reported.
     pub id: CallId,
-    /// For whom.
+    /// The service that is called.
     pub service: Service,
-    /// Where.
+    /// The host and port to connect to.
     pub origin: Rc<HostPort>,
     /// When it is given up, whatever stage it is in.
     pub deadline: Mono,
@@ -93,16 +89,16 @@ pub struct Call {
 pub enum CallErrorKind {
     /// A stage took too long.
     Timeout,
-    /// The name has no address, nobody accepts, TLS is refused, the connection broke.
+    /// The name has no address, the connection is refused or breaks, or TLS fails.
     Unreachable,
     /// What came back is no HTTP/1.1 reply, is too large or was cut off.
     InvalidResponse,
 }
 
-/// A failed call, told for the person who reads it.
+/// A failed call, in words for the person who reads of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallError {
-    /// What sort of failure.
+    /// The kind, which decides how the agent goes on.
     pub kind: CallErrorKind,
     /// What was tried, where, and what came of it: `connect host:443: timed out after 2 s`.
     pub message: String,

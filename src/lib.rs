@@ -35,7 +35,7 @@
 //! - Half of the resident pages are code. Hence `opt-level`, inlining and the linker's flags in `Cargo.toml`,
 //!   `.cargo/config.toml` and `packaging/build`.
 //! - One scratch buffer to read into, and one to write to, for all clients. A client has a [`buf::Buf`] of its own only
-//!   while it owes the rest of a head or has not read its reply, and a slot of 160 bytes; slots of a burst are given
+//!   while it owes the rest of a head or has not read its reply, and a slot of 144 bytes; slots of a burst are given
 //!   back.
 //! - An entry of the cache is KMS's reply as it goes out, allocated at its size, and about 200 bytes.
 //! - The web's roots are parsed once, shared by all connections, and again only at SIGHUP. An idle TLS connection to KMS

@@ -8,7 +8,7 @@ use kms_agent::identity::Identity;
 use kms_agent::net::{Event, Net, Readiness, Token};
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
-use kms_agent::server::{Host, Parts, Server};
+use kms_agent::server::{Host, Server};
 use kms_agent::time::{Mono, Now};
 use rustls::ClientConfig;
 use std::collections::VecDeque;
@@ -190,13 +190,7 @@ impl Agent {
         config.kms.role_name = Some("app".into());
         let identity = Identity::from_config(&config.kms, &|_| None, Random::from_seed(2)).expect("a role");
         let broker = Broker::new(&config, Secret::from(TOKEN), identity, Random::from_seed(1));
-        let server = Server::new(Parts {
-            net: Wire::new(),
-            broker,
-            connections_max: 800,
-            tls: None,
-            host: Box::new(Process),
-        });
+        let server = Server::new(Wire::new(), broker, 800, None, Box::new(Process));
         let mut agent = Agent { server, events: Vec::with_capacity(1024) };
         for _ in 0..20 {
             agent.tick();

@@ -13,7 +13,7 @@ use crate::net::Net as _;
 use crate::net::mio::{MioNet, listen};
 use crate::random::Random;
 use crate::secret::Secret;
-use crate::server::{Host, Parts, Server};
+use crate::server::{Host, OTHER_CONNECTIONS, Server};
 use crate::time::Mono;
 use crate::token::{self, Source, TokenError, Watch};
 use rustix::process::{Resource, Rlimit};
@@ -26,8 +26,8 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Descriptors beside those of clients: listeners, upstream, pipes, log, resolver.
-const OTHER_DESCRIPTORS: u64 = 64;
+/// Descriptors beside those of `MaxConn`: other connections, listeners, pipes, log, resolver.
+const OTHER_DESCRIPTORS: u64 = OTHER_CONNECTIONS as u64 + 32;
 
 pub(super) const HELP: &str = "\
 kms-agent run - serve applications on 127.0.0.1 and [::1]
@@ -147,13 +147,8 @@ impl Agent {
         let watchdog = Watchdog::from_env(net.now().mono);
         let mut broker = Broker::new(config, token.duplicate(), identity, random);
         broker.set_process(std::process::id(), net.now());
-        let server = Server::new(Parts {
-            net,
-            broker,
-            connections_max: config.server.max_conn,
-            tls: Some(tls),
-            host: Box::new(Process { token: Watch::new(source, token), log, ca_file, port, watchdog }),
-        });
+        let host = Process { token: Watch::new(source, token), log, ca_file, port, watchdog };
+        let server = Server::new(net, broker, config.server.max_conn, Some(tls), Box::new(host));
         if let Some(harden) = harden {
             harden.restrict_calls();
         }

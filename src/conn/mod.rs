@@ -1,5 +1,5 @@
 //! Connections as state machines over bytes: no sockets, no clock of their own.
 
-pub mod inbound;
+pub(crate) mod inbound;
 pub mod outbound;
 pub mod tls;

@@ -75,9 +75,9 @@ pub enum Step {
     SendRequest,
     /// The reply is there. The connection is idle now; if `close`, it is of no more use.
     Replied {
-        /// To which call.
+        /// The call that is answered.
         call: Call,
-        /// What it says.
+        /// Its status, headers and body.
         response: Response,
         /// Do not use the connection again.
         close: bool,
@@ -133,7 +133,7 @@ impl Outbound {
         matches!(self.state, State::Idle { .. })
     }
 
-    /// Whom it leads to.
+    /// The service that it leads to.
     #[must_use]
     pub const fn service(&self) -> Service {
         self.service
@@ -219,9 +219,9 @@ impl Outbound {
     pub fn send(&mut self, request: &[u8]) {
         match &mut self.wire {
             Wire::Plain => self.pending.extend_from_slice(request),
-            // A request is far below what rustls buffers.
             Wire::Tls(tls) => {
-                let _ = tls.send(request);
+                let sent = tls.send(request);
+                debug_assert!(sent.is_ok(), "a request is far below what rustls buffers");
             }
         }
         self.fill_pending();
@@ -246,9 +246,10 @@ impl Outbound {
         self.pending.get(self.sent..).unwrap_or_default()
     }
 
-    /// The socket took so many of them.
+    /// The socket took `count` of them.
     pub fn on_sent(&mut self, count: usize) {
         self.sent = self.sent.saturating_add(count);
+        debug_assert!(self.sent <= self.pending.len());
         if self.sent >= self.pending.len() {
             // In plain HTTP this holds a metadata token.
             self.pending.zeroize();
@@ -264,30 +265,31 @@ impl Outbound {
 
     /// Bytes came.
     pub fn on_bytes(&mut self, bytes: &[u8], now: Mono) -> Step {
+        let Wire::Tls(tls) = &mut self.wire else { return self.on_plaintext(bytes, now) };
         let mut plaintext = Vec::new();
-        let read = match &mut self.wire {
-            Wire::Plain => self.on_plaintext(bytes, now),
-            Wire::Tls(tls) => match tls.on_ciphertext(bytes, &mut plaintext) {
-                Ok(()) => {
-                    let step = self.on_handshake_or(&plaintext, now);
-                    self.fill_pending();
-                    step
-                }
-                Err(error) => {
-                    self.fill_pending();
-                    self.fail(now, |origin| CallError::unreachable(HANDSHAKE, origin, error))
-                }
-            },
+        let step = match tls.on_ciphertext(bytes, &mut plaintext) {
+            Ok(()) => {
+                let (handshaking, peer_has_closed) = (tls.is_handshaking(), tls.peer_has_closed());
+                let step = self.on_decrypted(&plaintext, handshaking, peer_has_closed, now);
+                self.fill_pending();
+                step
+            }
+            Err(error) => {
+                self.fill_pending();
+                self.fail(now, |origin| CallError::unreachable(HANDSHAKE, origin, error))
+            }
         };
         plaintext.zeroize();
-        read
+        step
     }
 
-    fn on_handshake_or(&mut self, plaintext: &[u8], now: Mono) -> Step {
-        let (handshaking, peer_has_closed) = match &mut self.wire {
-            Wire::Tls(tls) => (tls.is_handshaking(), tls.peer_has_closed()),
-            Wire::Plain => (false, false),
-        };
+    fn on_decrypted(
+        &mut self,
+        plaintext: &[u8],
+        handshaking: bool,
+        peer_has_closed: bool,
+        now: Mono,
+    ) -> Step {
         if !handshaking
             && let State::Busy { since, stage: stage @ Stage::Handshaking { .. }, .. } = &mut self.state
         {
@@ -300,7 +302,7 @@ impl Outbound {
 
     fn on_plaintext(&mut self, bytes: &[u8], now: Mono) -> Step {
         let State::Busy { stage: Stage::Exchanging { parser, .. }, .. } = &mut self.state else {
-            // Nobody was asked anything.
+            // No request has gone out that they could answer.
             return self.give_up(CallError::invalid(&self.origin, "bytes before any request"));
         };
         match parser.feed(bytes) {
@@ -312,19 +314,15 @@ impl Outbound {
 
     /// The reply is complete: the connection is idle.
     fn replied(&mut self, clean: bool, now: Mono) -> Step {
-        match std::mem::replace(&mut self.state, State::Idle { since: now }) {
-            State::Busy { call, stage: Stage::Exchanging { parser, .. }, .. } => {
-                let response = parser.into_response();
-                // A reply before the whole request was taken leaves the stream in an unknown state.
-                let close = !clean || !response.keep_alive || !self.pending().is_empty();
-                Step::Replied { call, response, close }
-            }
-            other => {
-                debug_assert!(false, "a reply to no request");
-                self.state = other;
-                Step::Wait
-            }
-        }
+        let state = std::mem::replace(&mut self.state, State::Idle { since: now });
+        let State::Busy { call, stage: Stage::Exchanging { parser, .. }, .. } = state else {
+            debug_assert!(false, "a reply to no request");
+            return Step::Closed;
+        };
+        let response = parser.into_response();
+        // A reply before the whole request was taken leaves the stream in an unknown state.
+        let close = !clean || !response.keep_alive || !self.pending().is_empty();
+        Step::Replied { call, response, close }
     }
 
     /// The call fails, unless another address of the name is left to be tried.
@@ -382,7 +380,7 @@ impl Outbound {
         }
     }
 
-    /// A pooled connection that ended without a byte of reply was closed while nobody looked.
+    /// A pooled connection that ended without a byte of reply was closed while it was idle.
     fn dead_from_the_pool(&mut self) -> Option<Step> {
         match &self.state {
             State::Busy { stage: Stage::Exchanging { reused: true, parser }, .. } if !parser.started() => {
@@ -430,7 +428,7 @@ impl Outbound {
     /// Its deadline has passed.
     pub fn on_time(&mut self, now: Mono) -> Step {
         let State::Busy { since, stage, .. } = &self.state else { return Step::Closed };
-        // Told as it was set, not with the tick's delay.
+        // The limit as it was set, without the tick's delay.
         let after_ms = u64::try_from(now.since(*since).as_millis()).unwrap_or(u64::MAX) / 100 * 100;
         let (name, after) = (stage.name(), Duration::from_millis(after_ms));
         self.fail(now, |origin| CallError::timeout(name, origin, after))

@@ -1,217 +1,346 @@
 //! The clients' side of the loop: accept, read, ask, write, close.
 
-use super::{ACCEPT_PAUSE, RESERVE_CONNECTIONS, Server, wipe};
+use super::context::{Ctx, OUT_BYTES, filled, wipe};
+use super::slab::Slab;
 use crate::broker::{Answer, ClientId, Disposition, Done, Visit};
-use crate::buf::Buf;
-use crate::conn::inbound::{HEAD_LIFE, Inbound, LINGER_LIFE, Pending, READ_BYTES, State};
+use crate::buf::Full;
+use crate::conn::inbound::{End, Inbound, Input, NotedRequest, PeerEnd, READ_BYTES, UNSENT_BYTES_MAX};
 use crate::http::request::{Parsed, Request, asks_for_head, header_room, parse};
+use crate::http::response::REPLY_BYTES_MAX;
 use crate::http::write::Persistence;
-use crate::log::{Reason, escape};
+use crate::log::{RateLimit, Reason, escape};
+use crate::metrics::Connections;
 use crate::net::{Net, Readiness, Token};
 use crate::time::Mono;
 use std::fmt;
 use std::io;
 use std::time::Duration;
-use zeroize::Zeroize as _;
 
+/// Slots for connections past `MaxConn`: a request on one gets 429, unless it is `/ping`.
+pub(super) const RESERVE_CONNECTIONS: usize = 16;
+/// With no descriptor left, accepting pauses for this long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Unfinished heads together hold at most this much; past it the oldest go.
 const HEAD_BYTES_IN_ALL_MAX: usize = 4 * 1024 * 1024;
-/// Reads from one client, and connections accepted, in one tick: nobody keeps the others waiting.
+/// Reads from one client, and connections accepted, in one tick, so that none keeps the others waiting.
 const READS_MAX: usize = 4;
 const ACCEPTS_MAX: usize = 256;
 /// Pipelined requests are answered in batches of about this size, one a tick: with 800 clients that pipeline
 /// without end, a tick is still some 20 ms.
 const BATCH_BYTES: usize = 4 * 1024;
-/// A batch, and the largest reply on top of it.
-const UNSENT_BYTES_MAX: usize = 1024 * 1024;
+const _: () = assert!(BATCH_BYTES + REPLY_BYTES_MAX < OUT_BYTES);
+// Replies before one that is still to come may be unsent when that is written, too.
+const _: () = assert!(2 * OUT_BYTES <= UNSENT_BYTES_MAX);
+/// Refused requests logged a second, and at once.
+const REFUSALS_LOGGED: (u32, u32) = (5, 20);
 
-/// How a run through a client's bytes ended.
-enum End {
-    /// All of it was answered.
-    Drained,
-    /// The rest is an unfinished head.
-    Unfinished,
-    /// A reply is still to come.
-    Waiting(Pending),
-    /// Enough replies for now.
-    Batch,
-    /// The last reply is written. `linger`: there may be bytes of the client's left.
-    Last { linger: bool },
+const READABLE: Readiness = Readiness { readable: true, writable: false, read_closed: false, gone: false };
+
+/// The clients' connections.
+pub(super) struct Clients {
+    slots: Slab<Inbound>,
+    /// `MaxConn`.
+    connections_max: usize,
+    /// How many of the connections are past `MaxConn`.
+    reserve_used: usize,
+    /// What unfinished heads hold together; those of connections that are out of their slots are not counted.
+    head_bytes: usize,
+    accepting: Accepting,
+    /// Clients that had more to read, or more requests to be answered, than one tick allows.
+    unfinished: Vec<Token>,
+    refusals: RateLimit,
+    counted: Connections,
 }
 
-/// What is to be made free.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Room {
-    /// A slot of `MaxConn`'s: one of the reserve would not let another request be served.
-    Regular,
-    /// Any slot, or a descriptor.
-    Any,
+/// A connection that is out of its slot.
+struct Client {
+    token: Token,
+    conn: Inbound,
 }
 
-impl<N: Net> Server<N> {
+/// Which listeners to accept from, and when.
+struct Accepting {
+    /// Listeners that may have a connection to accept.
+    ready: Vec<bool>,
+    /// With no descriptor left: when to accept again.
+    paused_until: Mono,
+    /// With no slot left: when to accept again, unless one is free before.
+    room_at: Mono,
+    /// When the newest connection was accepted.
+    newest: Mono,
+    failures: RateLimit,
+}
+
+impl Accepting {
+    fn set_ready(&mut self, listener: usize, is_ready: bool) {
+        if let Some(ready) = self.ready.get_mut(listener) {
+            *ready = is_ready;
+        }
+    }
+
+    fn is_due(&self, listener: usize, now: Mono) -> bool {
+        self.ready.get(listener) == Some(&true) && now >= self.paused_until.max(self.room_at)
+    }
+
+    fn next(&self) -> Mono {
+        if self.ready.contains(&true) { self.paused_until.max(self.room_at) } else { Mono::NEVER }
+    }
+}
+
+impl Clients {
+    /// Slots are numbered from `base`.
+    pub(super) fn new(base: u32, connections_max: usize, listeners: usize, now: Mono) -> Clients {
+        Clients {
+            slots: Slab::new(base),
+            connections_max,
+            reserve_used: 0,
+            head_bytes: 0,
+            accepting: Accepting {
+                // A listener may have connections before its first event.
+                ready: vec![true; listeners],
+                paused_until: now,
+                room_at: now,
+                newest: now,
+                failures: RateLimit::new(1, 1),
+            },
+            unfinished: Vec::new(),
+            refusals: RateLimit::new(REFUSALS_LOGGED.0, REFUSALS_LOGGED.1),
+            counted: Connections::default(),
+        }
+    }
+
+    /// Connections that are open now.
+    pub(super) const fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// When there is something to do without an event, connections' deadlines aside.
+    pub(super) fn next_deadline(&self, now: Mono) -> Mono {
+        let unfinished = if self.unfinished.is_empty() { Mono::NEVER } else { now };
+        self.accepting.next().min(unfinished)
+    }
+
+    /// A listener has connections to accept.
+    pub(super) fn on_acceptable(&mut self, listener: usize) {
+        self.accepting.set_ready(listener, true);
+    }
+
     /// Accepts what there is, as far as there is room.
-    pub(super) fn accept_all(&mut self) {
-        for listener in 0..self.acceptable.len() {
+    pub(super) fn accept_all(&mut self, ctx: &mut Ctx<impl Net>) {
+        for listener in 0..self.accepting.ready.len() {
             let mut accepted = 0;
-            while accepted < ACCEPTS_MAX
-                && self.acceptable.get(listener) == Some(&true)
-                && self.now.mono >= self.accept_at.max(self.room_at)
-            {
-                if !self.has_room() {
-                    // Until one closes or falls idle, or a head's grace ends.
-                    let graces = self.inbound.iter().map(|(_, conn)| conn.makes_room_at());
-                    self.room_at = graces.filter(|at| *at > self.now.mono).min().unwrap_or(Mono::NEVER);
+            while accepted < ACCEPTS_MAX && self.accepting.is_due(listener, ctx.now.mono) {
+                if !self.has_room(ctx.now.mono) {
+                    // Until one closes or falls idle, or a grace ends.
+                    let graces = self.slots.iter().filter_map(|(_, conn)| conn.room());
+                    self.accepting.room_at = graces.map(|(from, _)| from).min().unwrap_or(Mono::NEVER);
                     return;
                 }
-                let token = self.inbound.reserve();
-                match self.net.accept(listener, token) {
+                let token = self.slots.reserve();
+                match ctx.net.accept(listener, token) {
                     Ok(()) => {
                         accepted += 1;
-                        self.counted.accepted += 1;
-                        self.welcome(token);
+                        self.welcome(ctx, token);
                     }
                     Err(error) => {
-                        self.inbound.vacate(token);
-                        self.on_accept_error(listener, &error);
+                        self.slots.vacate(token);
+                        self.on_accept_error(ctx, listener, &error);
                     }
                 }
             }
         }
     }
 
-    fn has_room(&self) -> bool {
-        self.inbound.len() < self.connections_max + RESERVE_CONNECTIONS
-            || self.inbound.iter().any(|(_, conn)| conn.makes_room(self.now.mono).is_some())
+    fn has_room(&self, now: Mono) -> bool {
+        self.slots.len() < self.connections_max + RESERVE_CONNECTIONS
+            || self.slots.iter().any(|(_, conn)| conn.makes_room(now).is_some())
     }
 
-    fn welcome(&mut self, token: Token) {
-        // The newcomer is counted already.
-        let regular = self.inbound.len() - 1 - self.reserve_used;
-        let reserve = regular >= self.connections_max && !self.make_room(Room::Regular);
+    fn welcome(&mut self, ctx: &mut Ctx<impl Net>, token: Token) {
+        self.counted.accepted += 1;
+        // The newcomer has its slot already.
+        let regular = self.slots.len() - 1 - self.reserve_used;
+        let reserve = regular >= self.connections_max && !self.make_regular_room(ctx);
         self.reserve_used += usize::from(reserve);
-        if self.inbound.len() > self.connections_max + RESERVE_CONNECTIONS {
-            self.make_room(Room::Any);
+        if self.slots.len() > self.connections_max + RESERVE_CONNECTIONS {
+            self.make_room(ctx, |_| true);
         }
-        // Many are accepted in one tick: each a little later than the one before, so that "oldest" is an order.
-        let accepted = self.now.mono.max(self.last_accepted.after(Duration::from_micros(1)));
-        self.last_accepted = accepted;
+        // Many are accepted in one tick: each a little later than the one before, so that no two are equally old.
+        let accepted = ctx.now.mono.max(self.accepting.newest.after(Duration::from_micros(1)));
+        self.accepting.newest = accepted;
         let conn = Inbound::new(reserve, accepted);
-        self.deadline_floor = self.deadline_floor.min(conn.deadline());
-        self.inbound.put(token, conn);
+        ctx.wake_at(conn.deadline());
+        self.slots.put(token, conn);
     }
 
-    fn on_accept_error(&mut self, listener: usize, error: &io::Error) {
+    fn on_accept_error(&mut self, ctx: &mut Ctx<impl Net>, listener: usize, error: &io::Error) {
         match error.kind() {
-            io::ErrorKind::WouldBlock => {
-                if let Some(flag) = self.acceptable.get_mut(listener) {
-                    *flag = false;
-                }
-            }
+            io::ErrorKind::WouldBlock => self.accepting.set_ready(listener, false),
             // The client was gone before we came to it.
             io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
             _ => {
                 self.counted.accept_failures += 1;
                 // No descriptor or no memory: the connection stays in the backlog, and asking again at once
                 // would only burn the core.
-                if let Some(left_out) = self.accept_failures.admit(self.now.mono) {
+                if let Some(left_out) = self.accepting.failures.admit(ctx.now.mono) {
                     log::error!("cannot accept a connection: {}{left_out}", Reason(error));
                 }
-                self.make_room(Room::Any);
-                self.accept_at = self.now.mono.after(ACCEPT_PAUSE);
+                self.make_room(ctx, |_| true);
+                self.accepting.paused_until = ctx.now.mono.after(ACCEPT_PAUSE);
             }
         }
     }
 
-    /// Closes the connection that makes room most gladly; `false`: all are busy.
-    fn make_room(&mut self, room: Room) -> bool {
-        let now = self.now.mono;
-        let fitting = self.inbound.iter().filter(|(_, conn)| room == Room::Any || !conn.reserve);
-        let gladly = fitting.filter_map(|(token, conn)| Some((conn.makes_room(now)?, token)));
-        match gladly.min_by_key(|(rank, _)| *rank) {
-            Some((_, token)) => {
-                self.counted.displaced += 1;
-                self.close_inbound(token);
-                true
-            }
-            None => false,
+    /// Makes one of `MaxConn`'s slots free: one of the reserve would not let another request be served.
+    fn make_regular_room(&mut self, ctx: &mut Ctx<impl Net>) -> bool {
+        self.make_room(ctx, |conn| !conn.is_reserve())
+    }
+
+    /// Closes the connection that makes room most gladly of those that are `fitting`; `false`: all are busy.
+    fn make_room(&mut self, ctx: &mut Ctx<impl Net>, fitting: impl Fn(&Inbound) -> bool) -> bool {
+        let fitting = self.slots.iter().filter(|(_, conn)| fitting(conn));
+        let gladly = fitting.filter_map(|(token, conn)| Some((conn.makes_room(ctx.now.mono)?, token)));
+        let first = gladly.min_by_key(|(rank, _)| *rank);
+        if let Some((_, token)) = first {
+            self.counted.displaced += 1;
+            self.close(ctx, token);
+        }
+        first.is_some()
+    }
+
+    /// Goes on with the clients that the last tick has not finished.
+    pub(super) fn go_on_with_unfinished(&mut self, ctx: &mut Ctx<impl Net>) {
+        for token in std::mem::take(&mut self.unfinished) {
+            self.on_ready(ctx, token, READABLE);
         }
     }
 
     /// A client's socket is ready.
-    pub(super) fn on_inbound(&mut self, token: Token, ready: Readiness) {
-        let Some(mut conn) = self.take_inbound(token) else { return };
+    pub(super) fn on_ready(&mut self, ctx: &mut Ctx<impl Net>, token: Token, ready: Readiness) {
+        let Some(mut client) = self.take(token) else { return };
+        if ready.read_closed {
+            client.conn.on_peer_end(PeerEnd::Announced);
+        }
         let mut open = !ready.gone;
-        conn.end_ahead |= ready.read_closed;
-        if open && ready.writable && conn.unsent.is_some() {
-            open = self.resume(token, &mut conn);
-        } else if open && conn.unsent.is_none() && matches!(conn.state, State::Paused { .. }) {
-            open = self.resume_paused(token, &mut conn);
+        if open && ready.writable && client.conn.has_unsent() {
+            open = client.send(ctx) && self.go_on(ctx, &mut client);
+        } else if open && client.conn.can_go_on() {
+            open = self.go_on(ctx, &mut client);
         }
         if open && ready.readable {
-            open = self.read_all(token, &mut conn);
+            open = self.read_all(ctx, &mut client);
         }
-        self.settle(token, conn, open);
+        self.settle(ctx, client, open);
     }
 
-    /// Takes a connection out of its slot for a moment; [`Server::settle`] brings it back.
-    fn take_inbound(&mut self, token: Token) -> Option<Inbound> {
-        let conn = self.inbound.take(token)?;
-        self.head_bytes -= conn.head_bytes();
-        Some(conn)
+    /// Closes the connections whose deadline has come. They get no reply: it would not be the one to a request.
+    pub(super) fn on_deadlines(&mut self, ctx: &mut Ctx<impl Net>) {
+        for token in self.slots.due(ctx.now.mono, &mut ctx.deadline_floor, Inbound::deadline) {
+            if let Some(client) = self.take(token) {
+                // A client that lingers after its last reply has missed no deadline.
+                self.counted.timed_out += u64::from(!client.conn.is_lingering());
+                self.release(ctx, &client);
+            }
+        }
+    }
+
+    /// An answer for a client that waited.
+    pub(super) fn deliver(&mut self, ctx: &mut Ctx<impl Net>, answer: &Answer) {
+        let Some(mut client) = self.take(Token::from_bits(answer.client.0)) else { return };
+        if !client.conn.is_waiting() {
+            debug_assert!(false, "the broker answers a client once");
+            return self.settle(ctx, client, true);
+        }
+        client.read_ahead(ctx);
+        let is_last = client.conn.waits_for_its_last();
+        let done = ctx.broker.write_answer(answer, is_last, ctx.now, &mut ctx.out);
+        let closes = done.persistence == Persistence::Close;
+        if let Some(request) = client.conn.on_reply(closes, ctx.broker.is_draining()) {
+            self.log_request(ctx, format_args!("{}", request.shown), &done, request.since);
+        }
+        let open = client.send(ctx) && self.go_on(ctx, &mut client);
+        self.settle(ctx, client, open);
+    }
+
+    /// No more connections; those at rest end now, the others after their reply.
+    pub(super) fn drain(&mut self, ctx: &mut Ctx<impl Net>) {
+        ctx.net.stop_listening();
+        self.accepting.ready.clear();
+        for token in self.slots.tokens(Inbound::is_at_rest) {
+            // A request that has arrived and was not read yet is in flight too.
+            self.on_ready(ctx, token, READABLE);
+            if self.slots.get(token).is_some_and(Inbound::is_at_rest) {
+                self.close(ctx, token);
+            }
+        }
+    }
+
+    /// Closes all connections.
+    pub(super) fn close_all(&mut self, ctx: &mut Ctx<impl Net>) {
+        for token in self.slots.tokens(|_| true) {
+            self.close(ctx, token);
+        }
+    }
+
+    /// Takes a connection out of its slot for a moment; [`Clients::settle`] brings it back.
+    fn take(&mut self, token: Token) -> Option<Client> {
+        let client = Client { token, conn: self.slots.take(token)? };
+        self.head_bytes -= client.conn.head_bytes();
+        Some(client)
     }
 
     /// The connection goes back to its slot, or ends.
-    fn settle(&mut self, token: Token, conn: Inbound, open: bool) {
-        if open {
-            self.deadline_floor = self.deadline_floor.min(conn.deadline());
-            if conn.makes_room(self.now.mono).is_some() {
-                self.room_at = self.now.mono;
-            }
-            if conn.unsent.is_none() && matches!(conn.state, State::Paused { .. }) {
-                // Its replies went out whole, so no event will come for the rest of its requests.
-                self.unfinished.push((token, Readiness { readable: true, ..Readiness::default() }));
-            }
-            self.head_bytes += conn.head_bytes();
-            self.inbound.put(token, conn);
-        } else {
-            self.forget(token, &conn);
+    fn settle(&mut self, ctx: &mut Ctx<impl Net>, client: Client, open: bool) {
+        if !open {
+            return self.release(ctx, &client);
+        }
+        let Client { token, conn } = client;
+        ctx.wake_at(conn.deadline());
+        if conn.makes_room(ctx.now.mono).is_some() {
+            self.accepting.room_at = ctx.now.mono;
+        }
+        if conn.can_go_on() {
+            // Its replies went out whole, so no event will come for the rest of its requests.
+            self.unfinished.push(token);
+        }
+        self.head_bytes += conn.head_bytes();
+        self.slots.put(token, conn);
+    }
+
+    fn close(&mut self, ctx: &mut Ctx<impl Net>, token: Token) {
+        if let Some(client) = self.take(token) {
+            self.release(ctx, &client);
         }
     }
 
-    pub(super) fn close_inbound(&mut self, token: Token) {
-        if let Some(conn) = self.take_inbound(token) {
-            self.forget(token, &conn);
+    /// Closes the socket of a connection that is out of its slot, and gives the slot up.
+    fn release(&mut self, ctx: &mut Ctx<impl Net>, client: &Client) {
+        if client.conn.is_waiting() {
+            ctx.broker.left(client.id());
         }
-    }
-
-    fn forget(&mut self, token: Token, conn: &Inbound) {
-        if matches!(conn.state, State::Waiting { .. }) {
-            self.broker.left(ClientId(token.to_bits()));
-        }
-        self.reserve_used -= usize::from(conn.reserve);
-        self.net.close(token);
-        self.inbound.vacate(token);
-        self.room_at = self.now.mono;
+        self.reserve_used -= usize::from(client.conn.is_reserve());
+        ctx.net.close(client.token);
+        self.slots.vacate(client.token);
+        self.accepting.room_at = ctx.now.mono;
     }
 
     /// Reads until there is nothing more, or no more is wanted. `false`: the connection is at its end.
-    fn read_all(&mut self, token: Token, conn: &mut Inbound) -> bool {
+    fn read_all(&mut self, ctx: &mut Ctx<impl Net>, client: &mut Client) -> bool {
         for _ in 0..READS_MAX {
-            if !conn.wants_bytes() {
-                return true;
+            if !client.conn.wants_bytes() {
+                return !client.conn.is_done();
             }
-            let piece = self.scratch.get_mut(..READ_BYTES).unwrap_or_default();
-            match self.net.read(token, piece) {
-                // Who is owed a reply is not read: nobody is left who waits for one.
+            match ctx.read(client.token, READ_BYTES) {
+                // A connection that is owed a reply is not read, so no reply is lost.
                 Ok(0) => return false,
                 Ok(count) => {
                     let drained = count < READ_BYTES;
-                    if !self.on_bytes(token, conn, count, conn.end_ahead && drained) {
+                    if !self.on_bytes(ctx, client, count, drained) {
                         return false;
                     }
                     // A short read empties the socket; whatever comes later is a new edge, but for an end
-                    // that was told of already.
-                    if drained && !conn.end_ahead {
+                    // that was announced already.
+                    if drained && client.conn.peer_end() == PeerEnd::Open {
                         return true;
                     }
                 }
@@ -221,20 +350,170 @@ impl<N: Net> Server<N> {
             }
         }
         // Others have their turn before this one goes on.
-        self.unfinished.push((token, Readiness { readable: true, ..Readiness::default() }));
+        self.unfinished.push(client.token);
         true
     }
 
-    /// Reads on towards an end that an event told of, as far as there is room, so that the last reply can say
-    /// that it is the last.
-    fn read_to_end(&mut self, token: Token, conn: &mut Inbound, rest: &mut Buf) {
-        while conn.end_ahead && !conn.half_closed && rest.room() >= READ_BYTES {
-            let piece = self.scratch.get_mut(..READ_BYTES).unwrap_or_default();
-            match self.net.read(token, piece) {
-                Ok(0) => conn.half_closed = true,
+    /// `count` bytes of a client's lie in the scratch buffer. `drained`: no more are there now.
+    fn on_bytes(
+        &mut self,
+        ctx: &mut Ctx<impl Net>,
+        client: &mut Client,
+        count: usize,
+        drained: bool,
+    ) -> bool {
+        let mut scratch = std::mem::take(&mut ctx.scratch);
+        let open = match client.conn.on_bytes(filled(&scratch, count), drained, ctx.now.mono) {
+            Ok(Some(input)) => self.serve(ctx, client, &input),
+            Ok(None) => true,
+            Err(Full) => {
+                debug_assert!(false, "a head and one read fit");
+                false
+            }
+        };
+        wipe(&mut scratch, count);
+        ctx.scratch = scratch;
+        open
+    }
+
+    /// Goes on with what the client has sent ahead, once its replies are out: one batch of it.
+    fn go_on(&mut self, ctx: &mut Ctx<impl Net>, client: &mut Client) -> bool {
+        if client.conn.can_go_on() {
+            client.read_ahead(ctx);
+            if let Some(input) = client.conn.go_on(ctx.now.mono)
+                && !self.serve(ctx, client, &input)
+            {
+                return false;
+            }
+        }
+        // The edge for what arrived meanwhile may be long past.
+        self.read_all(ctx, client)
+    }
+
+    /// Answers the requests in `input`, sends the replies, and keeps what is left.
+    fn serve(&mut self, ctx: &mut Ctx<impl Net>, client: &mut Client, input: &Input<'_>) -> bool {
+        let (used, end) = self.answer_requests(ctx, client, input);
+        client.conn.on_answered(input, used, end, ctx.now.mono);
+        let open = client.send(ctx);
+        self.limit_head_bytes(ctx, client.conn.head_bytes());
+        open
+    }
+
+    /// Parses the requests, asks the broker, and writes its replies; gives how many bytes that took, and why it
+    /// ended.
+    fn answer_requests(
+        &mut self,
+        ctx: &mut Ctx<impl Net>,
+        client: &mut Client,
+        input: &Input<'_>,
+    ) -> (usize, End) {
+        debug_assert!(ctx.out.is_empty(), "another client's replies");
+        let (bytes, mut used) = (input.bytes(), 0);
+        loop {
+            let rest = bytes.get(used..).unwrap_or_default();
+            if rest.is_empty() {
+                return (used, End::Drained);
+            }
+            if ctx.out.len() >= BATCH_BYTES {
+                return (used, End::Batch);
+            }
+            let mut room = header_room();
+            match parse(rest, &mut room) {
+                Parsed::NeedMore => return (used, End::Unfinished),
+                Parsed::Reject(reject) => {
+                    let done = ctx.broker.reject(reject, asks_for_head(rest), ctx.now, &mut ctx.out);
+                    self.log_request(ctx, format_args!("malformed request"), &done, ctx.now.mono);
+                    return (used, End::Last { linger: true });
+                }
+                Parsed::Request(request, head_bytes) => {
+                    used += head_bytes;
+                    debug_assert!(used <= bytes.len());
+                    let past_cap = client.conn.is_reserve() && !self.promote(ctx, &mut client.conn);
+                    let (last, open) = (input.is_last && used == bytes.len(), self.slots.len());
+                    let visit = Visit { last, past_cap, open, counted: &self.counted };
+                    let asked = ctx.broker.ask(client.id(), &request, visit, ctx.now, &mut ctx.out);
+                    if let Some(end) = self.on_asked(ctx, &request, asked, past_cap || used < bytes.len()) {
+                        return (used, end);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the broker's decision means for the connection; `None`: its next request may come. `unread`: there may
+    /// be bytes after this request.
+    fn on_asked(
+        &mut self,
+        ctx: &Ctx<impl Net>,
+        request: &Request<'_, '_>,
+        asked: Disposition,
+        unread: bool,
+    ) -> Option<End> {
+        match asked {
+            Disposition::Waiting => {
+                let is_logged = log::log_enabled!(log::Level::Debug);
+                let shown = if is_logged { Shown(request).to_string() } else { String::new() };
+                Some(End::Waiting(NotedRequest { shown: shown.into(), since: ctx.now.mono }))
+            }
+            Disposition::Answered(done) => {
+                self.log_request(ctx, format_args!("{}", Shown(request)), &done, ctx.now.mono);
+                // While the agent ends, the client cannot have known that this reply is the last: it may be sending.
+                (done.persistence == Persistence::Close)
+                    .then(|| End::Last { linger: unread || request.has_body || ctx.broker.is_draining() })
+            }
+        }
+    }
+
+    /// A client on a reserve slot moves to a regular one if there is room by now.
+    fn promote(&mut self, ctx: &mut Ctx<impl Net>, conn: &mut Inbound) -> bool {
+        let regular = self.slots.len() - self.reserve_used;
+        let is_room = regular < self.connections_max || self.make_regular_room(ctx);
+        if is_room {
+            self.reserve_used -= 1;
+            conn.promote();
+        }
+        is_room
+    }
+
+    /// The newest unfinished head takes `newest` bytes. Where all heads together hold too much, the oldest go.
+    fn limit_head_bytes(&mut self, ctx: &mut Ctx<impl Net>, newest: usize) {
+        while self.head_bytes + newest > HEAD_BYTES_IN_ALL_MAX {
+            let heads = self.slots.iter().filter_map(|(token, conn)| Some((conn.unfinished_since()?, token)));
+            let Some((_, token)) = heads.min_by_key(|(since, _)| *since) else { return };
+            self.counted.displaced += 1;
+            self.close(ctx, token);
+        }
+    }
+
+    fn log_request(&mut self, ctx: &Ctx<impl Net>, shown: fmt::Arguments<'_>, done: &Done, since: Mono) {
+        if let Some(code) = &done.code {
+            if let Some(left_out) = self.refusals.admit(ctx.now.mono) {
+                log::warn!("refused: {shown}: {} {code}{left_out}", done.status);
+            }
+        } else if log::log_enabled!(log::Level::Debug) {
+            let took_us = ctx.net.now().mono.since(since).as_micros();
+            match done.x_cache {
+                Some(x_cache) => log::debug!("{shown} {} {x_cache} {took_us} us", done.status),
+                None => log::debug!("{shown} {} {took_us} us", done.status),
+            }
+        }
+    }
+}
+
+impl Client {
+    const fn id(&self) -> ClientId {
+        ClientId(self.token.to_bits())
+    }
+
+    /// Reads on towards an end that an event has announced, as far as that is wanted.
+    fn read_ahead(&mut self, ctx: &mut Ctx<impl Net>) {
+        while self.conn.wants_end() {
+            match ctx.read(self.token, READ_BYTES) {
+                Ok(0) => self.conn.on_peer_end(PeerEnd::Read),
                 Ok(count) => {
-                    let _ = rest.extend(self.scratch.get(..count).unwrap_or_default());
-                    wipe(&mut self.scratch, count);
+                    let kept = self.conn.on_bytes(filled(&ctx.scratch, count), false, ctx.now.mono);
+                    debug_assert!(matches!(kept, Ok(None)), "requests that wait are not answered");
+                    wipe(&mut ctx.scratch, count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return,
@@ -242,268 +521,14 @@ impl<N: Net> Server<N> {
         }
     }
 
-    /// `count` bytes of a client's lie in the scratch buffer. `ended`: they are its last.
-    fn on_bytes(&mut self, token: Token, conn: &mut Inbound, count: usize, ended: bool) -> bool {
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let fresh = scratch.get(..count).unwrap_or_default();
-        let open = match std::mem::replace(&mut conn.state, State::Idle) {
-            State::Idle => self.serve(token, conn, fresh, self.now.mono.after(HEAD_LIFE), ended),
-            State::Head { mut bytes, until } => {
-                // A head and a whole read always fit.
-                bytes.extend(fresh).is_ok() && self.serve(token, conn, bytes.as_slice(), until, ended)
-            }
-            // After the last reply: thrown away.
-            other => {
-                conn.state = other;
-                true
-            }
-        };
-        wipe(&mut scratch, count);
-        self.scratch = scratch;
-        open
-    }
-
-    /// Answers the requests in `bytes`, sends the replies, and keeps what is left. `until` is the deadline
-    /// of the first head.
-    fn serve(&mut self, token: Token, conn: &mut Inbound, bytes: &[u8], until: Mono, ended: bool) -> bool {
-        let mut out = std::mem::take(&mut self.out);
-        out.clear();
-        let (used, end) = self.answer(token, conn, bytes, ended, &mut out);
-        let rest = bytes.get(used..).unwrap_or_default();
-        let until = if used == 0 { until } else { self.now.mono.after(HEAD_LIFE) };
-        conn.state = match end {
-            End::Drained => State::Idle,
-            End::Unfinished => State::Head { bytes: kept(rest), until },
-            End::Waiting(pending) => State::Waiting { rest: kept(rest), pending },
-            End::Batch => State::Paused { rest: kept(rest) },
-            End::Last { linger } => State::Closing { linger },
-        };
-        let open = self.send(token, conn, &out);
-        self.put_out_back(out);
-        if matches!(conn.state, State::Head { .. }) {
-            self.limit_head_bytes(conn);
+    /// Sends what is unsent, then the replies that were written. `false`: the connection is at its end.
+    fn send(&mut self, ctx: &mut Ctx<impl Net>) -> bool {
+        let open = self.conn.send(&ctx.out, ctx.now.mono, |bytes| ctx.net.write(self.token, bytes));
+        ctx.clear_out();
+        if self.conn.is_lingering() {
+            ctx.net.shutdown(self.token);
         }
         open
-    }
-
-    /// The reply scratch goes back. It is wiped at the end of the tick, once for all replies that were written
-    /// over one another in it.
-    fn put_out_back(&mut self, out: Vec<u8>) {
-        self.out_used = self.out_used.max(out.len());
-        self.out = out;
-    }
-
-    /// Leaves no secret in the reply scratch.
-    pub(super) fn wipe_out(&mut self) {
-        self.out.resize(self.out_used, 0);
-        self.out.as_mut_slice().zeroize();
-        self.out.clear();
-        self.out_used = 0;
-    }
-
-    fn answer(
-        &mut self,
-        token: Token,
-        conn: &mut Inbound,
-        bytes: &[u8],
-        ended: bool,
-        out: &mut Vec<u8>,
-    ) -> (usize, End) {
-        let mut used = 0;
-        loop {
-            let rest = bytes.get(used..).unwrap_or_default();
-            if rest.is_empty() {
-                return (used, End::Drained);
-            }
-            if out.len() >= BATCH_BYTES {
-                return (used, End::Batch);
-            }
-            let mut room = header_room();
-            match parse(rest, &mut room) {
-                Parsed::NeedMore => return (used, End::Unfinished),
-                Parsed::Reject(reject) => {
-                    let done = self.broker.reject(reject, asks_for_head(rest), self.now, out);
-                    self.log_request(format_args!("malformed request"), &done, self.now.mono);
-                    return (used, End::Last { linger: true });
-                }
-                Parsed::Request(request, head_bytes) => {
-                    used += head_bytes;
-                    let last = ended && used == bytes.len();
-                    let busy = conn.reserve && !self.promote(conn);
-                    let open = self.inbound.len();
-                    let visit = Visit { last, past_cap: busy, open, counted: &self.counted };
-                    match self.broker.ask(ClientId(token.to_bits()), &request, visit, self.now, out) {
-                        Disposition::Waiting => {
-                            let shown = if log::log_enabled!(log::Level::Debug) {
-                                Shown(&request).to_string()
-                            } else {
-                                String::new()
-                            };
-                            let pending = Pending { shown: shown.into(), since: self.now.mono };
-                            return (used, End::Waiting(pending));
-                        }
-                        Disposition::Answered(done) => {
-                            self.log_request(format_args!("{}", Shown(&request)), &done, self.now.mono);
-                            if done.persistence == Persistence::Close {
-                                // A body, or more requests, may be on their way.
-                                // A client that is not told yet that we end, too.
-                                let linger = used < bytes.len()
-                                    || request.has_body
-                                    || busy
-                                    || self.drain_until.is_some();
-                                return (used, End::Last { linger });
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// A client on a reserve slot moves to a regular one if there is room by now.
-    fn promote(&mut self, conn: &mut Inbound) -> bool {
-        if self.inbound.len() - self.reserve_used < self.connections_max || self.make_room(Room::Regular) {
-            self.reserve_used -= 1;
-            conn.reserve = false;
-        }
-        !conn.reserve
-    }
-
-    /// An answer for a client that waited.
-    pub(super) fn deliver(&mut self, answer: &Answer) {
-        let token = Token::from_bits(answer.client.0);
-        let Some(mut conn) = self.take_inbound(token) else { return };
-        let mut open = true;
-        match std::mem::replace(&mut conn.state, State::Idle) {
-            State::Waiting { mut rest, pending } => {
-                self.read_to_end(token, &mut conn, &mut rest);
-                let mut out = std::mem::take(&mut self.out);
-                out.clear();
-                let last = conn.half_closed && rest.is_empty();
-                let done = self.broker.write_answer(answer, last, self.now, &mut out);
-                self.log_request(format_args!("{}", pending.shown), &done, pending.since);
-                conn.state = match done.persistence {
-                    Persistence::Close => {
-                        State::Closing { linger: !rest.is_empty() || self.drain_until.is_some() }
-                    }
-                    _ => State::Paused { rest },
-                };
-                open = self.send(token, &mut conn, &out);
-                self.put_out_back(out);
-                if open {
-                    open = self.resume_paused(token, &mut conn);
-                }
-            }
-            // The broker answers a client once; whoever does not wait has been answered.
-            other => conn.state = other,
-        }
-        self.settle(token, conn, open);
-    }
-
-    /// The socket takes bytes again.
-    fn resume(&mut self, token: Token, conn: &mut Inbound) -> bool {
-        self.send(token, conn, &[]) && self.resume_paused(token, conn)
-    }
-
-    /// Goes on with what the client has sent ahead, once its replies are out: one batch of it.
-    fn resume_paused(&mut self, token: Token, conn: &mut Inbound) -> bool {
-        if conn.unsent.is_none() {
-            match std::mem::replace(&mut conn.state, State::Idle) {
-                State::Paused { mut rest } if !rest.is_empty() => {
-                    self.read_to_end(token, conn, &mut rest);
-                    let until = self.now.mono.after(HEAD_LIFE);
-                    if !self.serve(token, conn, rest.as_slice(), until, conn.half_closed) {
-                        return false;
-                    }
-                }
-                State::Paused { .. } => {}
-                other => conn.state = other,
-            }
-        }
-        if conn.half_closed && conn.unsent.is_none() && matches!(conn.state, State::Idle | State::Head { .. })
-        {
-            return false;
-        }
-        // The edge for what arrived meanwhile may be long past.
-        !conn.wants_bytes() || self.read_all(token, conn)
-    }
-
-    /// Sends what is unsent, then `more`. `false`: the connection is at its end.
-    fn send(&mut self, token: Token, conn: &mut Inbound, mut more: &[u8]) -> bool {
-        let sends = !more.is_empty() || conn.unsent.is_some();
-        if let Some((mut unsent, since)) = conn.unsent.take() {
-            while !unsent.is_empty() {
-                match self.net.write(token, unsent.as_slice()) {
-                    Ok(count) => unsent.consume(count),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        let fits = unsent.extend(more).is_ok();
-                        conn.unsent = Some((unsent, since));
-                        return fits;
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(_) => return false,
-                }
-            }
-        }
-        while !more.is_empty() {
-            match self.net.write(token, more) {
-                Ok(count) => more = more.get(count..).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let mut unsent = Buf::with_max(UNSENT_BYTES_MAX);
-                    let fits = unsent.extend(more).is_ok();
-                    conn.unsent = Some((unsent, self.now.mono));
-                    return fits;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return false,
-            }
-        }
-        match conn.state {
-            State::Closing { linger: false } => false,
-            State::Closing { linger: true } => {
-                self.net.shutdown(token);
-                conn.state = State::Lingering { until: self.now.mono.after(LINGER_LIFE) };
-                !conn.half_closed
-            }
-            _ => {
-                if sends {
-                    conn.idle_since = Some(self.now.mono);
-                    if let State::Head { until, .. } = &mut conn.state {
-                        // The rest of it could not be read before.
-                        *until = (*until).max(self.now.mono.after(HEAD_LIFE));
-                    }
-                }
-                true
-            }
-        }
-    }
-
-    /// `newest` has an unfinished head; where all heads together hold too much, the oldest go.
-    fn limit_head_bytes(&mut self, newest: &Inbound) {
-        while self.head_bytes + newest.head_bytes() > HEAD_BYTES_IN_ALL_MAX {
-            let heads = self.inbound.iter().filter(|(_, conn)| matches!(conn.state, State::Head { .. }));
-            match heads.min_by_key(|(_, conn)| conn.accepted) {
-                Some((token, _)) => {
-                    self.counted.displaced += 1;
-                    self.close_inbound(token);
-                }
-                None => return,
-            }
-        }
-    }
-
-    fn log_request(&mut self, shown: fmt::Arguments<'_>, done: &Done, since: Mono) {
-        if let Some(code) = &done.code {
-            if let Some(left_out) = self.refusals.admit(self.now.mono) {
-                log::warn!("refused: {shown}: {} {code}{left_out}", done.status);
-            }
-        } else if log::log_enabled!(log::Level::Debug) {
-            let took_us = self.net.now().mono.since(since).as_micros();
-            match done.x_cache {
-                Some(x_cache) => log::debug!("{shown} {} {x_cache} {took_us} us", done.status),
-                None => log::debug!("{shown} {} {took_us} us", done.status),
-            }
-        }
     }
 }
 
@@ -520,11 +545,4 @@ impl fmt::Display for Shown<'_> {
             None => Ok(()),
         }
     }
-}
-
-fn kept(rest: &[u8]) -> Buf {
-    let mut kept = Inbound::input();
-    // The rest of a buffer of the same size always fits.
-    let _ = kept.extend(rest);
-    kept
 }

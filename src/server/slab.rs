@@ -1,6 +1,7 @@
-//! Slots for connections, each with a generation, so that a token outlives nobody.
+//! Slots for connections, each with a generation, so that no token outlives its connection.
 
 use crate::net::Token;
+use crate::time::Mono;
 
 /// Empty slots that are kept for the next tenants.
 const SPARE_SLOTS: usize = 32;
@@ -106,6 +107,18 @@ impl<T> Slab<T> {
         })
     }
 
+    /// The tenants that are `wanted`.
+    pub(super) fn tokens(&self, wanted: impl Fn(&T) -> bool) -> Vec<Token> {
+        self.iter().filter(|(_, tenant)| wanted(tenant)).map(|(token, _)| token).collect()
+    }
+
+    /// The tenants whose deadline has come; lowers `floor` to the earliest of the others'.
+    pub(super) fn due(&self, now: Mono, floor: &mut Mono, deadline: impl Fn(&T) -> Mono) -> Vec<Token> {
+        let later = self.iter().map(|(_, tenant)| deadline(tenant)).filter(|at| *at > now);
+        *floor = later.fold(*floor, Mono::min);
+        self.tokens(|tenant| deadline(tenant) <= now)
+    }
+
     /// A new token for the same tenant; the old one is void.
     pub(super) fn renew(&mut self, token: Token) -> Token {
         let generation = self.next_generation();
@@ -191,7 +204,25 @@ mod tests {
         assert_eq!((slab.slots.len(), slab.len()), (231, 1));
     }
 
-    /// Against a map of all who are in; `None`: out for a moment.
+    #[test]
+    fn what_is_due_and_when_the_next_is() {
+        let at = Mono::from_micros;
+        let mut slab = Slab::new(0);
+        let tokens = [30, 10, 20].map(|us| {
+            let token = slab.reserve();
+            slab.put(token, at(us));
+            token
+        });
+        let mut floor = Mono::NEVER;
+        assert_eq!(slab.due(at(20), &mut floor, |it| *it), [tokens[1], tokens[2]]);
+        assert_eq!(floor, at(30));
+        assert!(slab.due(at(5), &mut floor, |it| *it).is_empty());
+        assert_eq!(floor, at(10));
+        assert_eq!(slab.due(at(30), &mut floor, |it| *it).len(), 3);
+        assert_eq!(floor, at(10), "never raised");
+    }
+
+    /// Against a map of all tenants; `None`: out for a moment.
     #[test]
     fn does_as_a_map_does() {
         let mut random = Random::from_seed(9);

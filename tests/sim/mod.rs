@@ -16,7 +16,7 @@ use kms_agent::identity::Identity;
 use kms_agent::net::{Event, Signal};
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
-use kms_agent::server::{Host, Parts, Server};
+use kms_agent::server::{Host, Server};
 use net::SimNet;
 use rng::Rng;
 use rustls::ClientConfig;
@@ -225,13 +225,9 @@ pub fn run(seed: u64, ticks_max: Option<u64>, printing: bool) -> Outcome {
     let token = Secret::from(world.borrow().model.tokens[0].1.as_str());
     let identity = Identity::from_config(&config.kms, &|_| None, Random::from_seed(!seed)).expect("a role");
     let broker = Broker::new(&config, token, identity, Random::from_seed(seed));
-    let mut server = Server::new(Parts {
-        net: SimNet(Rc::clone(&world)),
-        broker,
-        connections_max: set.connections_max,
-        tls: None,
-        host: Box::new(Process { world: Rc::clone(&world), given: 0 }),
-    });
+    let host = Process { world: Rc::clone(&world), given: 0 };
+    let net = SimNet(Rc::clone(&world));
+    let mut server = Server::new(net, broker, set.connections_max, None, Box::new(host));
     let mut events: Vec<Event> = Vec::new();
     let mut goes_on = true;
     while goes_on && ticks_max.is_none_or(|max| world.borrow().ticks < max) {
