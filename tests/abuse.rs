@@ -23,9 +23,9 @@ use std::time::{Duration, Instant};
 const PING: &str = "GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n";
 /// Slots past `MaxConn`, for 429 and `/ping`.
 const RESERVE: usize = 16;
-/// What the contract calls 100 ms, on a machine that runs many tests at a time, unoptimised.
+/// What `docs/contract.md`, section 3, calls 100 ms, on a machine that runs many tests at a time, unoptimised.
 const AT_ONCE: Duration = Duration::from_secs(1);
-/// The contract's ceiling.
+/// Far above what the agent needs: a leak, or a large buffer for each connection, goes past it.
 const RSS_KIB_MAX: u64 = 12 * 1024;
 
 const fn seconds(seconds: u64) -> Duration {

@@ -1,6 +1,6 @@
 //! What comes in and what becomes of it: raw requests, the replies they must get, and whether the connection
-//! is kept or closed. Sections are those of RFC 9112 unless another document is named; "contract" is section 3
-//! of the agent's contract.
+//! is kept or closed. Sections are those of RFC 9112 unless another document is named; "contract" is
+//! `docs/contract.md`, section 3.
 //!
 //! Each row is sent twice: in one piece, and in many (byte by byte, if it is short). Replies are written as
 //! `status Code`, or `200 X-Cache` for a secret, one for each request that must be answered, in order, with

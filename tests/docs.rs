@@ -15,6 +15,8 @@ use std::process::Command;
 
 /// A newcomer reads the README; what needs more room has a document of its own.
 const README_LINES_MAX: usize = 180;
+/// The document that rules.
+const CONTRACT: &str = "docs/contract.md";
 /// Where people and programs cite documents.
 const CITING: &[&str] = &[
     ".ci",
@@ -179,6 +181,10 @@ fn cited_section(rest: &str) -> Option<u32> {
 /// What is wrong with the citations in a file.
 fn problems(file: &str, text: &str) -> Vec<String> {
     let mut problems = Vec::new();
+    let is_said = file.starts_with("docs/") || text.contains(CONTRACT);
+    if text.to_lowercase().contains("contract") && !is_said {
+        problems.push(format!("{file} speaks of a contract and does not say which document that is"));
+    }
     for (path, rest) in citations(text) {
         let beside = root().join(file).parent().unwrap().join(&path);
         let target = if root().join(&path).exists() { root().join(&path) } else { beside };
@@ -212,8 +218,7 @@ fn no_link_is_dead() {
 fn cited_documents_and_sections_exist() {
     let files = files();
     assert!(files.len() > 100, "{} files", files.len());
-    let citing = files.iter().filter(|(name, _)| !name.starts_with("src/"));
-    let problems: Vec<String> = citing.flat_map(|(name, text)| problems(name, text)).collect();
+    let problems: Vec<String> = files.iter().flat_map(|(name, text)| problems(name, text)).collect();
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     let readme = text("README.md");
     for (name, _) in files.iter().filter(|(name, _)| name.starts_with("docs/") && name.ends_with(".md")) {
@@ -225,7 +230,7 @@ fn cited_documents_and_sections_exist() {
 fn dead_links_and_citations_are_found() {
     let markdown =
         "# A `b`: c, d\n[x](#a-b-c-d) [y](#nowhere) `[z](nowhere)`\n```\n[z](nowhere)\n# No\n```\n";
-    let found = |link: &str| dead("docs/contract.md", markdown, link).is_some();
+    let found = |link: &str| dead(CONTRACT, markdown, link).is_some();
     assert_eq!(links(markdown), ["#a-b-c-d", "#nowhere"]);
     assert!(!found("#a-b-c-d") && found("#no") && found("nowhere") && found("/etc/passwd"));
     // Put together, so that it is not a citation of this file.
@@ -237,7 +242,8 @@ fn dead_links_and_citations_are_found() {
         (format!("/// docs/contract.{ending}, section 99"), 1),
         (format!("# docs/nowhere.{ending}"), 1),
         (format!("\"*.{ending}\" .{ending}x"), 0),
-        (format!("CONTRACT.{ending} and KMS_PROTOCOL.{ending}"), 2),
+        (format!("CONTRACT.{ending} and KMS_PROTOCOL.{ending}"), 3),
+        ("section 3 of the contract".to_owned(), 1),
     ] {
         assert_eq!(problems("src/lib.rs", &text).len(), count, "{text}");
     }
@@ -268,7 +274,7 @@ fn keys() -> Vec<(String, String)> {
 
 #[test]
 fn every_key_stands_in_the_documents_with_its_default() {
-    let (contract, configuration) = (text("docs/contract.md"), text("docs/configuration.md"));
+    let (contract, configuration) = (text(CONTRACT), text("docs/configuration.md"));
     // Section, key, default, range; and without the section.
     for (document, markdown, column) in [
         ("the contract", section(&contract, "## 2. Configuration file"), 1),
@@ -310,7 +316,7 @@ fn every_metric_and_error_code_stands_in_the_documents() {
     assert_eq!(shown, told, "docs/operating shows, /metrics tells");
 
     let (contract, clients, troubleshooting) =
-        (text("docs/contract.md"), text("docs/clients.md"), text("docs/troubleshooting.md"));
+        (text(CONTRACT), text("docs/clients.md"), text("docs/troubleshooting.md"));
     let results: BTreeSet<&str> =
         metrics.lines().filter_map(|line| line.split_once("result=\"")?.1.split('"').next()).collect();
     let (codes, results): (Vec<&str>, Vec<&str>) =
@@ -367,7 +373,7 @@ fn every_exit_code_stands_in_the_contract() {
         codes.extend(paragraph.split_whitespace().filter_map(|word| word.parse::<u8>().ok()));
     }
     assert!(codes.len() >= 8, "{codes:?}");
-    let contract = text("docs/contract.md");
+    let contract = text(CONTRACT);
     let table = rows(section(&contract, "## 1. Command line"));
     let shown: BTreeSet<u8> = table.iter().filter_map(|row| row[0].parse().ok()).collect();
     assert_eq!(shown, codes, "the contract shows, the agent has");
@@ -375,7 +381,7 @@ fn every_exit_code_stands_in_the_contract() {
 
 #[test]
 fn every_command_and_option_stands_in_the_contract() {
-    let contract = text("docs/contract.md");
+    let contract = text(CONTRACT);
     let table = rows(section(&contract, "## 1. Command line"));
     for command in commands() {
         let own = |row: &&Vec<String>| row[0].starts_with(&format!("`kms-agent {command} "));
@@ -390,7 +396,7 @@ fn every_command_and_option_stands_in_the_contract() {
             assert!(usage.contains(option), "the contract does not know {option} of {command}");
         }
     }
-    for file in ["README.md", "docs/contract.md"] {
+    for file in ["README.md", CONTRACT] {
         let markdown = text(file);
         for command in commands() {
             assert!(markdown.contains(&format!("`kms-agent {command}")), "{file} does not know {command}");

@@ -151,6 +151,7 @@ print(json.dumps(out))
 
 // ---- The local API ----
 
+/// `docs/contract.md`, section 3.
 #[test]
 fn replies_carry_the_headers_of_the_contract() {
     let emulator = emulator(&[("a", "1")]);

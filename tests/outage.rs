@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
-//! Section 5 of the contract, against the emulated KMS: outages, refusals, refreshes, throttling, credentials,
+//! `docs/contract.md`, section 5, against the emulated KMS: outages, refusals, refreshes, throttling, credentials,
 //! clocks and connections. The figures that the contract promises are printed (`--nocapture`).
 
 mod common;

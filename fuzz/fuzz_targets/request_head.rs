@@ -145,7 +145,7 @@ fn check_route(head: &[u8], request: &Request<'_, '_>, route: &Route<'_>, kind: 
     }
 }
 
-/// A denial is one of the contract's table, and its text is fit to be shown.
+/// A denial is one of the table in `docs/contract.md`, section 3, and its text is fit to be shown.
 fn check_denial(denial: &Denial) {
     let known = [
         (400, "InvalidRequest"),

@@ -1,4 +1,4 @@
-//! The gates of the contract, in their order: the first that fails answers.
+//! The gates of `docs/contract.md`, section 3, in their order: the first that fails answers.
 #![warn(clippy::indexing_slicing)]
 
 use crate::code::Code;

@@ -1,6 +1,6 @@
 //! What a cached value is filed under.
 
-/// The stage that KMS gives when none is asked for (KMS_PROTOCOL: GetSecretValue).
+/// The stage that KMS gives when none is asked for (`docs/kms-protocol.md`, section 1).
 pub const STAGE_CURRENT: &str = "ACSCurrent";
 
 /// A secret, and which of its versions: normalised, so that equal questions share one answer.

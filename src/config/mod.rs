@@ -1,7 +1,8 @@
 //! The configuration file: TOML in, a [`Config`] out.
 //!
 //! [`parse`] is pure and reports every [`Problem`] of a file together, each with its line; of a file that is not TOML
-//! only the first syntax errors, since the rest would be guesses. Sections, keys, defaults and ranges are those of the agent's contract, section 2; the ranges are constants here.
+//! only the first syntax errors, since the rest would be guesses. Sections, keys, defaults and ranges are those of
+//! `docs/contract.md`, section 2; the ranges are constants here.
 //! Key names are case-sensitive, every key is optional, unknown ones are problems.
 
 mod names;

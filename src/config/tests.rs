@@ -37,6 +37,7 @@ fn check<T: PartialEq + fmt::Debug>(
     }
 }
 
+/// `docs/contract.md`, section 2.
 #[test]
 fn nothing_written_gives_the_defaults_of_the_contract() {
     let expected = Config {

@@ -1,5 +1,5 @@
 //! Which ways to be someone there are here, and in which order they are tried: `AuthType`, or the default
-//! credential chain of the official SDKs (KMS_PROTOCOL.md 4).
+//! credential chain of the official SDKs (`docs/kms-protocol.md`, section 4).
 
 use super::env::{Env, NotConfigured};
 use super::environment::{self, Environment};

@@ -1,4 +1,4 @@
-//! Questions to the instance metadata service (KMS_PROTOCOL.md 3).
+//! Questions to the instance metadata service (`docs/kms-protocol.md`, section 3).
 //!
 //! Hardened mode first: a token is put and shown with every GET. Where the service does not know
 //! tokens, plain GETs follow, unless `ALIBABA_CLOUD_IMDSV1_DISABLED` forbids them.

@@ -11,7 +11,7 @@ use std::rc::Rc;
 /// `MaxConn` and the reserve.
 const RESERVE: usize = 16;
 const UPSTREAM_MAX: usize = 8;
-/// What the contract says of deadlines.
+/// What `docs/contract.md`, section 3, says of deadlines.
 /// And a little: those accepted in one tick count as a microsecond apart.
 const FIRST_BYTE_US: u64 = 10 * SECOND;
 const HEAD_US: u64 = 5 * SECOND;
