@@ -1,5 +1,5 @@
-//! The `Code`s of failures that originate in the agent, as the contract has them. KMS's own codes are text, passed on
-//! as they come.
+//! The `Code`s of failures that originate in the agent, as `docs/contract.md`, sections 3 and 4, has them. KMS's own
+//! codes are text, passed on as they come.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ macro_rules! codes {
     ($($code:ident: $status:literal, at_gate: $at_gate:literal;)*) => {
         /// Why the agent itself, and not KMS, refuses or fails a request.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[expect(missing_docs, reason = "the contract explains them")]
+        #[expect(missing_docs, reason = "docs/contract.md, sections 3 and 4, explains them")]
         pub enum Code { $($code,)* }
 
         impl Code {

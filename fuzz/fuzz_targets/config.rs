@@ -10,7 +10,7 @@ fuzz_target!(|text: &str| match parse(text) {
     Err(problems) => check_problems(text, &problems),
 });
 
-/// The ranges of the contract, which the agent has as constants of its own.
+/// The ranges of `docs/contract.md`, which the agent has as constants of its own.
 fn check(config: &Config) {
     let server = &config.server;
     assert!((1..=8).contains(&server.ssrf_headers.len()));

@@ -137,9 +137,9 @@ impl Health {
     }
 }
 
-/// A warning if its limit admits that, else what any other call is (the contract wants one line each). A warning goes to
-/// standard error and to the disk at once, and a client with the token may ask for as many names that do not exist as
-/// KMS takes calls.
+/// A warning if its limit admits that, else what any other call is (`docs/contract.md`, section 6, wants one line
+/// each). A warning goes to standard error and to the disk at once, and a client with the token may ask for as many
+/// names that do not exist as KMS takes calls.
 fn log_call(warning: Option<LeftOut>, flight: &Flight, what: &dyn Display, now: Mono) {
     let KeyRef { id, version_id, version_stage } = flight.key();
     let (id, version) = (escape(id), escape(version_id.or(version_stage).unwrap_or_default()));

@@ -1,4 +1,5 @@
-//! What a configuration holds, section by section; the defaults are those of the agent's contract.
+//! What a configuration holds, section by section; the defaults are those of
+//! `docs/contract.md`, section 2.
 
 use super::values::{AapArn, AuthType, HostPort, METADATA_PORT};
 use crate::log::Settings as LogSection;
