@@ -90,7 +90,7 @@ fn hits(c: &mut Criterion) {
     for (name, response_type) in
         [("KMS", ResponseType::Kms), ("AWS", ResponseType::Aws), ("Vault", ResponseType::Vault)]
     {
-        let mut agent = Agent::start(response_type);
+        let mut agent = Agent::start(response_type, None);
         group.bench_function(name, |b| b.iter(|| agent.serve(1)));
     }
 }

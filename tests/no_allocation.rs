@@ -11,7 +11,7 @@ use wire::Agent;
 #[test]
 fn a_hit_allocates_nothing() {
     for response_type in [ResponseType::Kms, ResponseType::Aws] {
-        let mut agent = Agent::start(response_type);
+        let mut agent = Agent::start(response_type, None);
         // The wire's own buffers and the loop's grow once.
         agent.serve(2);
         let counted = measure(|| {

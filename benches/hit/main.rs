@@ -9,6 +9,7 @@
 mod wire;
 
 use kms_agent::config::ResponseType;
+use kms_agent::log::{LogHandle, LogPath, Settings};
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -19,15 +20,21 @@ const GROWTH_MAX: f64 = 3.0;
 /// Ticks of 50 hits.
 const ROUNDS: (u64, u64) = (20, 120);
 
-const CASES: [(&str, ResponseType); 3] =
-    [("hit", ResponseType::Kms), ("hit, AWS", ResponseType::Aws), ("hit, Vault", ResponseType::Vault)];
+/// Name, response type, and whether the log is on, at its default level and into a file.
+const CASES: [(&str, ResponseType, bool); 4] = [
+    ("hit", ResponseType::Kms, false),
+    ("hit, logged", ResponseType::Kms, true),
+    ("hit, AWS", ResponseType::Aws, false),
+    ("hit, Vault", ResponseType::Vault, false),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     if let Some(at) = arguments.iter().position(|it| it == "--rounds") {
         let (case, rounds) =
             (arguments[at + 1].parse::<usize>().unwrap(), arguments[at + 2].parse().unwrap());
-        Agent::start(CASES[case].1).serve(rounds);
+        let (_, response_type, logged) = CASES[case];
+        Agent::start(response_type, logged.then(log_into_a_file)).serve(rounds);
         return ExitCode::SUCCESS;
     }
     if !Command::new("valgrind").arg("--version").output().is_ok_and(|it| it.status.success()) {
@@ -37,7 +44,7 @@ fn main() -> ExitCode {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/hit/baseline.txt");
     let baseline = std::fs::read_to_string(&file).unwrap_or_default();
     let (mut lines, mut failed) = (String::new(), false);
-    for (number, (name, _)) in CASES.iter().enumerate() {
+    for (number, (name, ..)) in CASES.iter().enumerate() {
         let (few, many) = (instructions(number, ROUNDS.0), instructions(number, ROUNDS.1));
         let each = (many - few) / ((ROUNDS.1 - ROUNDS.0) * 50);
         let _ = writeln!(lines, "{name}: {each} instructions");
@@ -57,6 +64,13 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// Sets up the log of this process, in a new folder below that of the build.
+fn log_into_a_file() -> LogHandle {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hit-log");
+    let _ = std::fs::remove_dir_all(&folder);
+    kms_agent::log::init(&Settings { path: LogPath::Folder(folder), ..Settings::default() }).unwrap()
 }
 
 /// All instructions of a process that serves so many rounds.

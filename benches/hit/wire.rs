@@ -5,6 +5,7 @@
 use kms_agent::broker::Broker;
 use kms_agent::config::{Config, HostPort, ResponseType};
 use kms_agent::identity::Identity;
+use kms_agent::log::LogHandle;
 use kms_agent::net::{Event, Net, Readiness, Token};
 use kms_agent::random::Random;
 use kms_agent::secret::Secret;
@@ -161,14 +162,20 @@ impl Net for Wire {
     fn close(&mut self, _: Token) {}
 }
 
-struct Process;
+struct Process {
+    log: Option<LogHandle>,
+}
 
 impl Host for Process {
     fn poll_token(&mut self) -> Option<Secret> {
         None
     }
 
-    fn on_tick_end(&mut self) {}
+    fn on_tick_end(&mut self) {
+        if let Some(log) = &self.log {
+            log.flush();
+        }
+    }
 
     fn on_reload(&mut self) -> Option<Arc<ClientConfig>> {
         None
@@ -182,15 +189,17 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
+    /// `log`: the process's log, where one is set up.
     #[must_use]
-    pub(crate) fn start(response_type: ResponseType) -> Agent {
+    pub(crate) fn start(response_type: ResponseType, log: Option<LogHandle>) -> Agent {
         let mut config = Config::default();
         config.server.response_type = response_type;
         config.kms.endpoint = Some(HostPort { host: "kms.bench".into(), port: 443 });
         config.kms.role_name = Some("app".into());
         let identity = Identity::from_config(&config.kms, &|_| None, Random::from_seed(2)).expect("a role");
         let broker = Broker::new(&config, Secret::from(TOKEN), identity, Random::from_seed(1));
-        let server = Server::new(Wire::new(), broker, 800, None, Box::new(Process));
+        let host = Box::new(Process { log });
+        let server = Server::new(Wire::new(), broker, 800, None, host);
         let mut agent = Agent { server, events: Vec::with_capacity(1024) };
         for _ in 0..20 {
             agent.tick();
