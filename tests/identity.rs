@@ -291,7 +291,7 @@ fn the_chain_moves_on_to_a_credentials_uri_and_says_why() {
 fn instance_identity_is_exchanged_at_the_access_point() {
     let emulator = emulator();
     let mut agent = with_aap(&emulator, setup(&emulator)).start();
-    agent.wait_for_log("WARN  instance identity is provisional");
+    agent.wait_for_log("[WARN] identity: instance identity is provisional");
     gets_the_secret(&agent);
     gets_the_secret(&agent);
     assert_eq!((emulator.counters().identity_reads, emulator.counters().aap_exchanges), (1, 1));

@@ -921,7 +921,7 @@ fn calls_that_fail_in_a_flood_are_warned_of_within_limits() {
     let seconds = begun.elapsed().as_secs() + 1;
     let lines = |text: &str| agent.log().lines().filter(|line| line.contains(text)).count();
     wait_until("each call has its line", || lines(" KMS GetSecretValue \"no-such-") == 200);
-    let warned = lines("WARN  KMS GetSecretValue");
+    let warned = lines("[WARN] broker: KMS GetSecretValue");
     assert!(warned >= 20 && warned as u64 <= 20 + 5 * seconds, "{warned} in {seconds} s");
     assert_eq!(agent.stderr().matches("KMS GetSecretValue").count(), warned);
     wait_until("the next that is warned of counts them", || {

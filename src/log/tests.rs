@@ -6,8 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::file::*;
-use super::text::Stamp;
+use super::sink::{Notice, Output, Sink, Sinks};
 use super::*;
 use crate::time::Mono;
 
@@ -57,8 +56,8 @@ fn settings(folder: &Path) -> Settings {
     Settings { path: LogPath::Folder(folder.to_owned()), ..Settings::default() }
 }
 
-fn say(logger: &dyn Log, level: Level, target: &str, text: &str) {
-    logger.log(&Record::builder().level(level).target(target).args(format_args!("{text}")).build());
+fn say(log: &LogHandle, level: Level, target: &str, text: &str) {
+    log.logger.log(&Record::builder().level(level).target(target).args(format_args!("{text}")).build());
 }
 
 fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -201,14 +200,27 @@ fn a_log_that_cannot_be_created_says_what_and_why() {
 }
 
 /// Answers writes from a script, then takes everything.
-#[derive(Debug, Default)]
-struct Script {
+#[derive(Clone, Debug, Default)]
+pub(super) struct Script {
     answers: VecDeque<Result<usize, io::ErrorKind>>,
     written: Arc<Mutex<Vec<u8>>>,
 }
 
-impl Output for Script {
-    fn write(&mut self, lines: &[u8], _: Mono) -> io::Result<usize> {
+impl Script {
+    fn written(&self) -> String {
+        String::from_utf8(self.written.lock().unwrap().clone()).unwrap()
+    }
+
+    fn sink(&self, journal: bool) -> Sink {
+        Sink::new(Output::Script(self.clone()), journal)
+    }
+
+    /// A log of which this is the only output.
+    fn log(&self, level: LevelFilter, journal: bool) -> LogHandle {
+        LogHandle::new(level, Sinks { main: self.sink(journal), alarms: None, clock: Clock::start() })
+    }
+
+    pub(super) fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
         let taken = match self.answers.pop_front() {
             None => lines.len(),
             Some(answer) => answer?.min(lines.len()),
@@ -225,46 +237,42 @@ fn writing_goes_on_where_it_failed() {
         answers: [Ok(3), Err(Interrupted), Ok(2), Err(StorageFull), Err(StorageFull)].into(),
         ..Script::default()
     };
-    let written = Arc::clone(&script.written);
-    let written = || String::from_utf8(written.lock().unwrap().clone()).unwrap();
-    let mut lines = Lines::new(Box::new(script), Prefix::Time);
-    let push = |lines: &mut Lines, line: &[u8]| lines.put(|buffer, _, _| buffer.extend_from_slice(line));
+    let mut sink = script.sink(false);
 
-    assert!(push(&mut lines, b"first line\n"));
-    lines.flush(at(10));
-    assert_eq!(written(), "first");
-    assert_eq!(lines.notice.take(), Some(Notice::Failing("no storage space".to_owned())));
+    sink.put(b"first line\n");
+    sink.flush(at(10));
+    assert_eq!(script.written(), "first");
+    assert_eq!(sink.notice.take(), Some(Notice::Failing("no storage space".to_owned())));
 
-    assert!(push(&mut lines, b"second\n"));
-    lines.flush(at(10));
-    lines.flush(Mono::from_micros(10_999_999));
-    assert_eq!(written(), "first", "no second try within the second");
-    lines.flush(at(11));
-    assert_eq!(lines.notice.take(), None, "said once");
-    lines.flush(at(12));
-    assert_eq!(written(), "first line\nsecond\n");
-    assert_eq!(lines.notice.take(), Some(Notice::Works { lost: 0 }));
-    assert!(lines.buffer.is_empty());
+    sink.put(b"second\n");
+    sink.flush(at(10));
+    sink.flush(Mono::from_micros(10_999_999));
+    assert_eq!(script.written(), "first", "no second try within the second");
+    sink.flush(at(11));
+    assert_eq!(sink.notice.take(), None, "said once");
+    sink.flush(at(12));
+    assert_eq!(script.written(), "first line\nsecond\n");
+    assert_eq!(sink.notice.take(), Some(Notice::Works { lost: 0 }));
+    assert!(sink.pending.is_empty());
 }
 
 #[test]
 fn lines_past_the_buffer_are_dropped_whole_and_counted() {
-    // A year of failing: the clock of `Sink` runs, so the script must not run out.
-    let script = Script { answers: vec![Err(io::ErrorKind::StorageFull); 1000].into(), ..Script::default() };
-    let written = Arc::clone(&script.written);
-    let sink = Sink::new(Box::new(script), Prefix::Priority);
-    // With priority, level and line end.
-    let line = "x".repeat(1024 - "<4>WARN  \n".len());
-    for _ in 0..BUFFER_BYTES_MAX / 1024 + 7 {
-        let args = format_args!("{line}");
-        sink.put(&Record::builder().level(Level::Warn).target(OWN_TARGET).args(args).build());
+    let script = Script { answers: [Err(io::ErrorKind::StorageFull)].into(), ..Script::default() };
+    let mut sink = script.sink(false);
+    let line = format!("{}\n", "x".repeat(1023));
+    for n in 0..BUFFER_BYTES_MAX / 1024 + 5 {
+        sink.put(line.as_bytes());
+        sink.flush(at(10));
+        assert_eq!(sink.lost, (n as u64 + 1).saturating_sub(BUFFER_BYTES_MAX as u64 / 1024));
     }
-    assert_eq!(sink.lock().lost, 7);
-    assert_eq!(sink.lock().buffer.len(), BUFFER_BYTES_MAX);
-    sink.lock().out = Box::new(Script { written: Arc::clone(&written), ..Script::default() });
-    sink.lock().flush(Mono::NEVER);
-    assert_eq!(written.lock().unwrap().len(), BUFFER_BYTES_MAX);
-    assert_eq!(sink.lock().notice.take(), Some(Notice::Works { lost: 7 }));
+    // Of several lines at once each is judged by itself.
+    sink.pending.truncate(BUFFER_BYTES_MAX - 1024);
+    sink.put(line.repeat(3).as_bytes());
+    assert_eq!((sink.lost, sink.pending.len()), (7, BUFFER_BYTES_MAX));
+    sink.flush(at(11));
+    assert_eq!(script.written().len(), BUFFER_BYTES_MAX);
+    assert_eq!(sink.notice.take(), Some(Notice::Works { lost: 7 }));
 }
 
 #[test]
@@ -274,34 +282,34 @@ fn a_full_disk_is_survived() {
     }
     let temp = TempFolder::new();
     std::os::unix::fs::symlink("/dev/full", temp.0.join(FILE_NAME)).unwrap();
-    let (logger, handle) = build(&settings(&temp.0), false).unwrap();
-    say(&logger, Level::Info, OWN_TARGET, "nobody will see this");
-    handle.flush();
-    assert_eq!(handle.lost_lines(), 0, "it still waits in the buffer");
+    let log = build(&settings(&temp.0), false).unwrap();
+    say(&log, Level::Info, OWN_TARGET, "nobody will see this");
+    log.flush();
+    assert_eq!(log.lost_lines(), 0, "it still waits in the buffer");
     fs::remove_file(temp.0.join(FILE_NAME)).unwrap();
-    handle.reopen();
-    handle.flush();
+    log.reopen();
+    log.flush();
     let list = temp.list();
-    assert!(list[0].1.ends_with("INFO  nobody will see this\n"), "{list:?}");
+    assert!(list[0].1.ends_with("[INFO] kms_agent: nobody will see this\n"), "{list:?}");
 }
 
 #[test]
 fn records_become_lines() {
     let temp = TempFolder::new();
-    let (logger, handle) = build(&settings(&temp.0), false).unwrap();
+    let log = build(&settings(&temp.0), false).unwrap();
     let other = format!("{OWN_TARGET}_other");
-    let module = format!("{OWN_TARGET}::server");
+    let module = format!("{OWN_TARGET}::server::clients");
     for (level, target, text) in [
         (Level::Trace, OWN_TARGET, "below the level"),
-        (Level::Debug, &module, "request GET /v1/agent-test 200"),
+        (Level::Debug, &module, "GET /v1/agent-test 200"),
         (Level::Info, OWN_TARGET, "two\nlines, \"quotes\" and \u{2028}, ünïcode"),
         (Level::Info, "rustls::client", "not ours"),
         (Level::Info, &other, "not ours"),
     ] {
-        say(&logger, level, target, text);
+        say(&log, level, target, text);
     }
     assert_eq!(temp.list(), pairs(&[(FILE_NAME, "")]), "lines wait for the flush");
-    handle.flush();
+    log.flush();
     // Past the timestamp.
     let lines = || -> Vec<String> {
         temp.list()[0]
@@ -310,116 +318,140 @@ fn records_become_lines() {
             .map(|line| line.split_at("2026-01-31T12:34:56.789Z ".len()).1.into())
             .collect()
     };
-    let mut expected =
-        vec!["DEBUG request GET /v1/agent-test 200", r#"INFO  two\nlines, "quotes" and \u{2028}, ünïcode"#];
+    let mut expected = vec![
+        "[DEBUG] server: GET /v1/agent-test 200",
+        r#"[INFO] kms_agent: two\nlines, "quotes" and \u{2028}, ünïcode"#,
+    ];
     assert_eq!(lines(), expected);
     // A warning is written at once, also one of another crate.
-    say(&logger, Level::Warn, "rustls::client", "odd");
-    expected.push("WARN  rustls::client: odd");
+    say(&log, Level::Warn, "rustls::client", "odd");
+    expected.push("[WARN] rustls: odd");
     assert_eq!(lines(), expected);
     // The last ones are written when the handle goes.
-    say(&logger, Level::Info, OWN_TARGET, "bye");
-    drop(handle);
-    expected.push("INFO  bye");
+    say(&log, Level::Info, OWN_TARGET, "bye");
+    drop(log);
+    expected.push("[INFO] kms_agent: bye");
     assert_eq!(lines(), expected);
 }
 
 #[test]
-fn times_are_rfc_3339_in_utc() {
-    let temp = TempFolder::new();
-    let (logger, handle) = build(&settings(&temp.0), true).unwrap();
-    say(&logger, Level::Info, OWN_TARGET, "x");
-    handle.flush();
-    let text = &temp.list()[0].1;
-    let (time, rest) = text.split_once(' ').unwrap();
-    assert_eq!(rest, "INFO  x\n");
-    let shape: String = time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
-    assert_eq!(shape, "0000-00-00T00:00:00.000Z");
+fn times_are_rfc_3339_in_utc_to_the_millisecond() {
+    let script = Script::default();
+    let log = script.log(LevelFilter::Debug, false);
+    let clock = Clock::start();
+    let begun = clock.unix_ms();
+    // The first of them is simplelog's own, the others take its head.
+    for n in 0..50 {
+        say(&log, Level::Info, OWN_TARGET, &n.to_string());
+    }
+    log.flush();
+    let ended = clock.unix_ms();
     let format = ::time::format_description::well_known::Rfc3339;
-    let parsed = ::time::OffsetDateTime::parse(time, &format).unwrap().unix_timestamp();
-    assert!((Clock::start().now().unix_s - parsed).abs() <= 2);
+    for (n, line) in script.written().lines().enumerate() {
+        let (time, rest) = line.split_once(' ').unwrap();
+        assert_eq!(rest, format!("[INFO] kms_agent: {n}"));
+        let shape: String = time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+        assert_eq!(shape, "0000-00-00T00:00:00.000Z");
+        let nanos = ::time::OffsetDateTime::parse(time, &format).unwrap().unix_timestamp_nanos();
+        let unix_ms = u64::try_from(nanos / 1_000_000).unwrap();
+        assert!((begun..=ended).contains(&unix_ms), "{begun} {line} {ended}");
+    }
+    assert_eq!(script.written().lines().count(), 50);
+}
+
+#[test]
+fn a_head_is_for_its_second_level_and_target() {
+    let mut head = Head::none();
+    let mut out = Vec::new();
+    assert!(!head.put(&mut out, 0, Level::Info, "cli"));
+    let bytes = b"2026-01-31T12:34:56.789Z [INFO] server: ";
+    head.learn(bytes, 1_769_862_896_789, Level::Info, "server");
+    for (unix_ms, level, target) in [
+        (1_769_862_895_999, Level::Info, "server"),
+        (1_769_862_897_000, Level::Info, "server"),
+        (1_769_862_896_789, Level::Warn, "server"),
+        (1_769_862_896_789, Level::Info, "serve"),
+    ] {
+        assert!(!head.put(&mut out, unix_ms, level, target), "{unix_ms} {level} {target}");
+    }
+    assert!(out.is_empty());
+    for unix_ms in [1_769_862_896_000, 1_769_862_896_070, 1_769_862_896_999] {
+        assert!(head.put(&mut out, unix_ms, Level::Info, "server"));
+    }
+    let expected =
+        ["56.000Z", "56.070Z", "56.999Z"].map(|it| format!("2026-01-31T12:34:{it} [INFO] server: "));
+    assert_eq!(String::from_utf8(out).unwrap(), expected.concat());
 }
 
 #[test]
 fn to_the_journal_goes_the_priority_and_no_time() {
     let script = Script::default();
-    let written = Arc::clone(&script.written);
-    let sink = Sink::new(Box::new(script), Prefix::Priority);
-    let logger = Logger { level: LevelFilter::Debug, main: sink, alarms: None };
+    let log = script.log(LevelFilter::Debug, true);
     for level in [Level::Error, Level::Warn, Level::Info, Level::Debug] {
-        say(&logger, level, OWN_TARGET, "x");
+        say(&log, level, OWN_TARGET, "x");
     }
-    logger.flush();
-    let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
-    assert_eq!(written, "<3>ERROR x\n<4>WARN  x\n<6>INFO  x\n<7>DEBUG x\n");
-}
-
-#[test]
-fn the_second_is_formatted_once_and_each_time_right() {
-    let mut stamp = Stamp::default();
-    for (unix_ms, expected) in [
-        (0, "1970-01-01T00:00:00.000Z "),
-        (999, "1970-01-01T00:00:00.999Z "),
-        (1_769_862_896_070, "2026-01-31T12:34:56.070Z "),
-        (1_769_862_896_789, "2026-01-31T12:34:56.789Z "),
-        (1_769_862_897_001, "2026-01-31T12:34:57.001Z "),
-        (1_709_164_800_000, "2024-02-29T00:00:00.000Z "),
-    ] {
-        let mut out = Vec::new();
-        stamp.put(&mut out, unix_ms);
-        assert_eq!(String::from_utf8(out).unwrap(), expected);
-    }
+    log.flush();
+    let expected = "<3>[ERROR] kms_agent: x\n<4>[WARN] kms_agent: x\n<6>[INFO] kms_agent: x\n\
+                    <7>[DEBUG] kms_agent: x\n";
+    assert_eq!(script.written(), expected);
 }
 
 #[test]
 fn with_a_file_warnings_go_to_standard_error_too() {
     let (file, stderr) = (Script::default(), Script::default());
-    let (in_file, on_stderr) = (Arc::clone(&file.written), Arc::clone(&stderr.written));
-    let logger = Logger {
-        level: LevelFilter::Info,
-        main: Sink::new(Box::new(file), Prefix::Priority),
-        alarms: Some(Sink::new(Box::new(stderr), Prefix::Priority)),
-    };
-    for level in [Level::Error, Level::Warn, Level::Info, Level::Debug] {
-        say(&logger, level, OWN_TARGET, "x");
+    let sinks = Sinks { main: file.sink(true), alarms: Some(stderr.sink(true)), clock: Clock::start() };
+    let log = LogHandle::new(LevelFilter::Info, sinks);
+    for level in [Level::Info, Level::Error, Level::Warn, Level::Info, Level::Debug] {
+        say(&log, level, OWN_TARGET, "[ERROR] x");
     }
-    logger.flush();
-    assert_eq!(*in_file.lock().unwrap(), b"<3>ERROR x\n<4>WARN  x\n<6>INFO  x\n");
-    assert_eq!(*on_stderr.lock().unwrap(), b"<3>ERROR x\n<4>WARN  x\n");
+    log.flush();
+    let (error, warning) = ("<3>[ERROR] kms_agent: [ERROR] x\n", "<4>[WARN] kms_agent: [ERROR] x\n");
+    let info = "<6>[INFO] kms_agent: [ERROR] x\n";
+    assert_eq!(file.written(), [info, error, warning, info].concat());
+    assert_eq!(stderr.written(), [error, warning].concat());
 }
 
 #[test]
 fn an_endless_record_is_cut() {
     let script = Script::default();
-    let written = Arc::clone(&script.written);
-    let logger = Logger {
-        level: LevelFilter::Info,
-        main: Sink::new(Box::new(script), Prefix::Priority),
-        alarms: None,
-    };
+    let log = script.log(LevelFilter::Info, true);
     for text in ["x".repeat(RECORD_BYTES_MAX), "x".repeat(RECORD_BYTES_MAX + 1), "\0ü".repeat(100_000)] {
-        say(&logger, Level::Warn, OWN_TARGET, &text);
+        say(&log, Level::Warn, OWN_TARGET, &text);
     }
-    let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
-    let cut: Vec<_> = written
-        .lines()
-        .map(|line| {
-            (line.len() <= RECORD_BYTES_MAX + "<4>WARN  ".len() + ELLIPSIS.len_utf8(), line.ends_with('…'))
-        })
-        .collect();
+    let longest = RECORD_BYTES_MAX + "<4>[WARN] kms_agent: ".len() + ELLIPSIS.len_utf8();
+    let written = script.written();
+    let cut: Vec<_> = written.lines().map(|line| (line.len() <= longest, line.ends_with('…'))).collect();
     assert_eq!(cut, [(true, false), (true, true), (true, true)]);
+}
+
+#[test]
+fn a_value_that_cannot_be_displayed_costs_no_line() {
+    struct Broken;
+    impl Display for Broken {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("half")?;
+            Err(fmt::Error)
+        }
+    }
+    let script = Script::default();
+    let log = script.log(LevelFilter::Info, true);
+    for args in [format_args!("{Broken} of it"), format_args!("all of it")] {
+        log.logger.log(&Record::builder().target(OWN_TARGET).args(args).build());
+    }
+    log.flush();
+    assert_eq!(script.written(), "<6>[INFO] kms_agent: half\n<6>[INFO] kms_agent: all of it\n");
 }
 
 #[test]
 fn reopening_follows_a_moved_file() {
     let temp = TempFolder::new();
-    let (logger, handle) = build(&settings(&temp.0), false).unwrap();
-    say(&logger, Level::Info, OWN_TARGET, "one");
-    handle.flush();
+    let log = build(&settings(&temp.0), false).unwrap();
+    say(&log, Level::Info, OWN_TARGET, "one");
+    log.flush();
     fs::rename(temp.0.join(FILE_NAME), temp.0.join("moved")).unwrap();
-    handle.reopen();
-    say(&logger, Level::Info, OWN_TARGET, "two");
-    handle.flush();
+    log.reopen();
+    say(&log, Level::Info, OWN_TARGET, "two");
+    log.flush();
     let list = temp.list();
     assert!(list[0].1.ends_with(" two\n") && list[1].1.ends_with(" one\n"), "{list:?}");
 }

@@ -1,11 +1,11 @@
 //! What a line may hold: foreign text made safe, and not too much of anything.
 
 use std::fmt::{self, Display, Write as _};
-use std::io::Write as _;
+use std::ops::Range;
 use std::time::Duration;
 
-use ::time::OffsetDateTime;
-use log::Level;
+use log::{Level, LevelFilter};
+use simplelog::{Config, ConfigBuilder, FormatItem, format_description};
 
 use super::{ELLIPSIS, ESCAPE_CHARS_MAX, RECORD_BYTES_MAX};
 use crate::time::Mono;
@@ -86,83 +86,95 @@ impl Display for Escaped<'_> {
     }
 }
 
-/// How a line begins.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Prefix {
-    /// RFC 3339 in UTC, to the millisecond.
-    Time,
-    /// For journald, which has a time of its own and takes the priority from here (sd-daemon(3)).
-    Priority,
+/// Bytes of a line's time and of the space behind it: `2026-01-31T12:34:56.789Z `.
+pub(super) const TIME_BYTES: usize = 25;
+/// Where its milliseconds are.
+const MILLISECONDS: Range<usize> = 20..23;
+/// RFC 3339 in UTC.
+const TIME: &[FormatItem<'static>] =
+    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
+
+/// What simplelog makes of a record: `2026-01-31T12:34:56.789Z [INFO] server: what happened`.
+pub(super) fn layout() -> Config {
+    ConfigBuilder::new()
+        .set_time_format_custom(TIME)
+        .set_target_level(LevelFilter::Error)
+        .set_thread_level(LevelFilter::Off)
+        .set_location_level(LevelFilter::Off)
+        .build()
 }
 
-impl Prefix {
-    /// Writes it, the level included.
-    pub(super) fn put(self, out: &mut Vec<u8>, stamp: &mut Stamp, unix_ms: u64, level: Level) {
-        match self {
-            Prefix::Time => stamp.put(out, unix_ms),
-            Prefix::Priority => out.extend_from_slice(match level {
-                Level::Error => b"<3>",
-                Level::Warn => b"<4>",
-                Level::Info => b"<6>",
-                Level::Debug | Level::Trace => b"<7>",
-            }),
-        }
-        out.extend_from_slice(match level {
-            Level::Error => b"ERROR ",
-            Level::Warn => b"WARN  ",
-            Level::Info => b"INFO  ",
-            Level::Debug => b"DEBUG ",
-            Level::Trace => b"TRACE ",
-        });
+/// The level of a line of this layout.
+pub(super) fn level_of(line: &[u8]) -> Level {
+    let rest = line.get(TIME_BYTES..).unwrap_or_default();
+    let levels = [(Level::Error, &b"[ERROR]"[..]), (Level::Warn, b"[WARN]"), (Level::Info, b"[INFO]")];
+    levels.into_iter().find(|(_, name)| rest.starts_with(name)).map_or(Level::Debug, |(level, _)| level)
+}
+
+/// journald takes a line's priority from here (sd-daemon(3)).
+pub(super) const fn priority(level: Level) -> &'static [u8] {
+    match level {
+        Level::Error => b"<3>",
+        Level::Warn => b"<4>",
+        Level::Info => b"<6>",
+        Level::Debug | Level::Trace => b"<7>",
     }
 }
 
-/// The current second as text, formatted once.
-#[derive(Debug, Default)]
-pub(super) struct Stamp {
-    unix_s: Option<u64>,
-    /// `2026-01-31T12:34:56.`
-    text: Vec<u8>,
+/// What stands in front of the text in the line that simplelog made last. Lines of the same second, level and
+/// target differ in nothing else but the milliseconds.
+#[derive(Debug)]
+pub(super) struct Head {
+    unix_s: u64,
+    level: Level,
+    target: String,
+    bytes: Vec<u8>,
 }
 
-impl Stamp {
-    pub(super) fn put(&mut self, out: &mut Vec<u8>, unix_ms: u64) {
-        let (unix_s, ms) = (unix_ms / 1000, unix_ms % 1000);
-        if self.unix_s != Some(unix_s) {
-            self.unix_s = Some(unix_s);
-            let time = i64::try_from(unix_s).ok().and_then(|it| OffsetDateTime::from_unix_timestamp(it).ok());
-            let time = time.unwrap_or(OffsetDateTime::UNIX_EPOCH);
-            self.text.clear();
-            let (year, month, day) = (time.year(), u8::from(time.month()), time.day());
-            let (hour, minute, second) = (time.hour(), time.minute(), time.second());
-            let _ = write!(self.text, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.");
+impl Head {
+    /// One that no line has.
+    pub(super) const fn none() -> Head {
+        Head { unix_s: u64::MAX, level: Level::Trace, target: String::new(), bytes: Vec::new() }
+    }
+
+    /// Writes it with the milliseconds of this time; `false`: a line of this time, level and target has another
+    /// one.
+    pub(super) fn put(&mut self, out: &mut Vec<u8>, unix_ms: u64, level: Level, target: &str) -> bool {
+        let fits = self.unix_s == unix_ms / 1000 && self.level == level && self.target == target;
+        if fits {
+            let digit = |value: u64| u8::try_from(value % 10).map_or(b'0', |it| b'0' + it);
+            if let Some(milliseconds) = self.bytes.get_mut(MILLISECONDS) {
+                milliseconds.copy_from_slice(&[digit(unix_ms / 100), digit(unix_ms / 10), digit(unix_ms)]);
+            }
+            out.extend_from_slice(&self.bytes);
         }
-        out.extend_from_slice(&self.text);
-        let digit = |value: u64| u8::try_from(value % 10).map_or(b'0', |it| b'0' + it);
-        out.extend_from_slice(&[digit(ms / 100), digit(ms / 10), digit(ms), b'Z', b' ']);
+        fits
+    }
+
+    /// This is the head of lines of this time, level and target.
+    pub(super) fn learn(&mut self, bytes: &[u8], unix_ms: u64, level: Level, target: &str) {
+        (self.unix_s, self.level) = (unix_ms / 1000, level);
+        self.target.clear();
+        self.target.push_str(target);
+        self.bytes.clear();
+        self.bytes.extend_from_slice(bytes);
     }
 }
 
-/// Writes a record's text as one line of at most [`RECORD_BYTES_MAX`] bytes, whoever wrote it. `origin`: the
-/// crate it is of, if not ours.
-pub(super) fn put_line(out: &mut Vec<u8>, origin: Option<&str>, text: &fmt::Arguments<'_>) {
-    let mut line = Line { out, room: RECORD_BYTES_MAX, cut: false };
-    // What is displayed may fail, the line does not: what there is of it is kept.
-    let _ = match origin {
-        Some(origin) => write!(line, "{origin}: {text}"),
-        None => line.write_fmt(*text),
-    };
-    out.push(b'\n');
+/// Writes a record's text without line ends, and at most [`RECORD_BYTES_MAX`] bytes of it.
+pub(super) fn put_text(out: &mut Vec<u8>, text: fmt::Arguments<'_>) {
+    // A value that fails to display itself costs the rest of the text, and not the line.
+    let _ = Text { out, room: RECORD_BYTES_MAX, cut: false }.write_fmt(text);
 }
 
-struct Line<'a> {
+struct Text<'a> {
     out: &'a mut Vec<u8>,
     /// Bytes left.
     room: usize,
     cut: bool,
 }
 
-impl Line<'_> {
+impl Text<'_> {
     /// Writes `text`, or an ellipsis in place of it and of all that follows.
     fn put(&mut self, text: &str) {
         match self.room.checked_sub(text.len()) {
@@ -179,9 +191,10 @@ impl Line<'_> {
     }
 }
 
-impl fmt::Write for Line<'_> {
+impl fmt::Write for Text<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        if text.len() <= self.room && text.bytes().all(is_plain) {
+        // Without a branch for each byte, as most of what is written passes.
+        if text.len() <= self.room && text.bytes().fold(true, |plain, byte| plain & is_plain(byte)) {
             self.put(text);
             return Ok(());
         }
