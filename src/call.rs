@@ -1,6 +1,7 @@
 //! What the pure middle asks of the network: a [`Call`], answered by a response or a [`CallError`].
 
 use crate::config::HostPort;
+use crate::text::excerpt;
 use crate::time::Mono;
 use std::fmt;
 use std::rc::Rc;
@@ -67,6 +68,9 @@ impl Service {
 /// A call takes no longer than this: all its stages together, a second address included.
 pub const CALL_LIFE: Duration = Duration::from_secs(15);
 
+/// Longest message of a failed call, in bytes.
+const MESSAGE_BYTES_MAX: usize = 1024;
+
 /// Numbers calls; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CallId(pub u64);
@@ -107,8 +111,9 @@ pub struct CallError {
 }
 
 impl CallError {
-    const fn new(kind: CallErrorKind, message: String) -> CallError {
-        CallError { kind, message, reached: false }
+    fn new(kind: CallErrorKind, message: &str) -> CallError {
+        // A certificate's names or a resolver's words may be in it.
+        CallError { kind, message: excerpt(message, MESSAGE_BYTES_MAX), reached: false }
     }
 
     /// The same, after the request was on its way.
@@ -125,19 +130,19 @@ impl CallError {
         } else {
             format!("{:.1} s", after.as_secs_f64())
         };
-        CallError::new(CallErrorKind::Timeout, format!("{stage} {origin}: timed out after {after}"))
+        CallError::new(CallErrorKind::Timeout, &format!("{stage} {origin}: timed out after {after}"))
     }
 
     /// A stage that failed for a reason.
     #[must_use]
     pub fn unreachable(stage: &str, origin: &HostPort, why: impl fmt::Display) -> CallError {
-        CallError::new(CallErrorKind::Unreachable, format!("{stage} {origin}: {why}"))
+        CallError::new(CallErrorKind::Unreachable, &format!("{stage} {origin}: {why}"))
     }
 
     /// A reply that cannot be used.
     #[must_use]
     pub fn invalid(origin: &HostPort, why: impl fmt::Display) -> CallError {
-        CallError::new(CallErrorKind::InvalidResponse, format!("reply of {origin}: {why}")).reached()
+        CallError::new(CallErrorKind::InvalidResponse, &format!("reply of {origin}: {why}")).reached()
     }
 }
 

@@ -1,5 +1,74 @@
 //! Rules about text that more than one module needs.
+//!
+//! # Foreign text
+//!
+//! What KMS, a client, a file or a program's name says may hold line breaks that forge a line of the log, escapes that
+//! a terminal obeys, or marks that turn the direction of what follows. One rule makes all of it harmless, in the log, in
+//! errors and in replies alike: a character that a reader sees as itself is [`shown`] as itself, every other one escaped
+//! as in a Rust string (`\n`, `\u{202e}`). So nothing is hidden: an operator sees what was really sent. Bytes that are no
+//! UTF-8 are to become U+FFFD before ([`String::from_utf8_lossy`]).
+//!
+//! There are two forms of it, since only between quotes a quote must not end the text: [`escape`] is for there and
+//! escapes quotes and backslashes too; [`excerpt`] is for running text, in which a message of KMS's or a value of the
+//! configuration should keep its own quotes.
 #![warn(clippy::indexing_slicing)]
+
+use std::fmt::{self, Display, Write as _};
+
+/// Marks text that was cut.
+pub(crate) const ELLIPSIS: char = '…';
+/// Characters that [`escape`] lets through; the rest is cut off.
+pub(crate) const ESCAPE_CHARS_MAX: usize = 256;
+
+/// Whether a byte is [`shown`] as itself, and is all of its character.
+pub(crate) fn is_plain(byte: u8) -> bool {
+    byte == b' ' || byte.is_ascii_graphic()
+}
+
+/// How a character of foreign text is shown.
+pub(crate) fn shown(c: char) -> impl Iterator<Item = char> {
+    let itself = matches!(c, '"' | '\'' | '\\').then_some(c);
+    let escaped = itself.is_none().then(|| c.escape_debug());
+    itself.into_iter().chain(escaped.into_iter().flatten())
+}
+
+/// Foreign text for a message, at most `bytes_max` bytes of it (3 or more): what is cut ends in an ellipsis.
+pub(crate) fn excerpt(text: &str, bytes_max: usize) -> String {
+    debug_assert!(bytes_max >= ELLIPSIS.len_utf8());
+    let mut kept = String::new();
+    for c in text.chars() {
+        let before = kept.len();
+        kept.extend(shown(c));
+        if kept.len() > bytes_max {
+            kept.truncate(before);
+            while kept.len() + ELLIPSIS.len_utf8() > bytes_max && kept.pop().is_some() {}
+            kept.push(ELLIPSIS);
+            break;
+        }
+    }
+    kept
+}
+
+/// Foreign text between quotes, at most [`ESCAPE_CHARS_MAX`] characters of it: what is cut ends in an ellipsis.
+pub(crate) fn escape(text: &str) -> impl Display {
+    Escaped(text)
+}
+
+struct Escaped<'a>(&'a str);
+
+impl Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plain = |byte: u8| is_plain(byte) && !matches!(byte, b'"' | b'\'' | b'\\');
+        if self.0.len() <= ESCAPE_CHARS_MAX && self.0.bytes().all(plain) {
+            return f.write_str(self.0);
+        }
+        let mut chars = self.0.chars();
+        for c in chars.by_ref().take(ESCAPE_CHARS_MAX) {
+            write!(f, "{}", c.escape_debug())?;
+        }
+        if chars.next().is_some() { f.write_char(ELLIPSIS) } else { Ok(()) }
+    }
+}
 
 /// The longest name of a RAM role, in bytes.
 pub(crate) const ROLE_NAME_BYTES_MAX: usize = 64;
@@ -39,6 +108,45 @@ pub(crate) fn is_role_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn foreign_text_is_shown_as_it_is_or_escaped() {
+        for (text, expected) in [
+            ("plain geheim ö 秘密", "plain geheim ö 秘密"),
+            (r#"a "b" \c"#, r#"a "b" \c"#),
+            ("a\nb\r\tc\0\u{7f}\u{1b}[31m", r"a\nb\r\tc\0\u{7f}\u{1b}[31m"),
+            // C1, line separators, directions, what is invisible: as far as the code points go that look like nothing.
+            ("\u{85}\u{9b}\u{2028}\u{2029}", r"\u{85}\u{9b}\u{2028}\u{2029}"),
+            (
+                "\u{61c}\u{200e}\u{202a}\u{202e}\u{2066}\u{2069}",
+                r"\u{61c}\u{200e}\u{202a}\u{202e}\u{2066}\u{2069}",
+            ),
+            ("\u{ad}\u{200b}\u{feff}\u{fff9}\u{e0041}", r"\u{ad}\u{200b}\u{feff}\u{fff9}\u{e0041}"),
+            ("\u{a0}\u{3000}\u{301}\u{e000}", r"\u{a0}\u{3000}\u{301}\u{e000}"),
+            (&String::from_utf8_lossy(b"a\xff\xc3"), "a\u{fffd}\u{fffd}"),
+        ] {
+            assert_eq!(excerpt(text, 1000), expected);
+            let quoted = expected.replace("\\c", r"\\c").replace('"', r#"\""#);
+            assert_eq!(escape(text).to_string(), quoted);
+        }
+    }
+
+    #[test]
+    fn an_excerpt_is_cut_at_its_bytes() {
+        for (text, bytes_max, expected) in [
+            ("123456", 6, "123456"),
+            ("1234567", 6, "123…"),
+            ("12éé", 6, "12éé"),
+            ("12ééé", 6, "12…"),
+            ("\n\n\n", 6, r"\n\n\n"),
+            ("1\u{202e}", 9, r"1\u{202e}"),
+            ("1\u{202e}", 8, "1…"),
+            ("1234", 3, "…"),
+            ("", 3, ""),
+        ] {
+            assert_eq!(excerpt(text, bytes_max), expected, "{text:?}");
+        }
+    }
 
     #[test]
     fn hex_is_lower_case_and_padded() {

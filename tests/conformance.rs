@@ -935,7 +935,7 @@ fn parameters_that_are_refused() {
         (query("secretId=a&=1"), "unknown parameter: "),
         (query("SecretId=a"), "unknown parameter: SecretId"),
         (query("secretId=a&%3cscript%3e=1"), "unknown parameter: <script>"),
-        (query("secretId=a&%0d%0aSet-Cookie:+a=1"), "unknown parameter: \u{fffd}\u{fffd}Set-Cookie: a"),
+        (query("secretId=a&%0d%0aSet-Cookie:+a=1"), r"unknown parameter: \r\nSet-Cookie: a"),
         ("/v1/a?secretId=a".into(), "unknown parameter: secretId"),
         (query("secretId=a&secretId=a"), "repeated parameter: secretId"),
         (query("secretId=a&secret%49d=b"), "repeated parameter: secretId"),

@@ -8,14 +8,15 @@ use crate::http::request::{Reject, Request};
 use crate::http::split_at_byte;
 use crate::kms::format::{self, Kv};
 use crate::secret::Secret;
+use crate::text::excerpt;
 use std::borrow::Cow;
 
 /// The longest secret id, in bytes, after decoding.
 pub const ID_BYTES_MAX: usize = 512;
 /// Where KV version 2 has its secrets, behind `PathPrefix` (ResponseType 2).
 const KV2_PREFIX: &str = "secret/data/";
-/// Foreign text quoted in a message is cut to this many characters.
-const QUOTED_CHARS_MAX: usize = 64;
+/// The name of a parameter in a message is cut to this many bytes.
+const NAME_BYTES_MAX: usize = 64;
 
 /// A request that passed all gates.
 #[derive(Debug, PartialEq, Eq)]
@@ -164,8 +165,9 @@ fn secret_query<'b>(
         }
         let (name, value) = split_at_byte(pair, b'=').unwrap_or((pair, ""));
         let decode = |text| {
-            percent::decode_query(text)
-                .map_err(|BadEncoding| Denial::parameter(format!("badly encoded parameter: {}", quote(name))))
+            percent::decode_query(text).map_err(|BadEncoding| {
+                Denial::parameter(format!("badly encoded parameter: {}", excerpt(name, NAME_BYTES_MAX)))
+            })
         };
         let plain_name = decode(name)?;
         let slot = match plain_name.as_ref() {
@@ -173,10 +175,18 @@ fn secret_query<'b>(
             "versionId" => &mut version_id,
             "versionStage" => &mut version_stage,
             "refreshNow" => &mut refresh_now,
-            other => return Err(Denial::parameter(format!("unknown parameter: {}", quote(other)))),
+            other => {
+                return Err(Denial::parameter(format!(
+                    "unknown parameter: {}",
+                    excerpt(other, NAME_BYTES_MAX)
+                )));
+            }
         };
         if slot.is_some() {
-            return Err(Denial::parameter(format!("repeated parameter: {}", quote(&plain_name))));
+            return Err(Denial::parameter(format!(
+                "repeated parameter: {}",
+                excerpt(&plain_name, NAME_BYTES_MAX)
+            )));
         }
         *slot = Some(decode(value)?);
     }
@@ -212,11 +222,6 @@ fn secret_query<'b>(
         ResponseType::Kms | ResponseType::Vault => stage,
     });
     Ok(SecretQuery { id, version_id, version_stage, refresh_now, kv })
-}
-
-/// Foreign text, fit to be shown in a message: printable, and not long.
-fn quote(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(QUOTED_CHARS_MAX).collect()
 }
 
 #[cfg(test)]
@@ -291,6 +296,7 @@ mod tests {
             ("/v1/a/%2E%2e", "dot segments in the secret ID"),
             ("/v1/a%2f.%2fb", "dot segments in the secret ID"),
             ("/v1/a?=", "unknown parameter: "),
+            ("/v1/a?%0a%E2%80%AE=", r"unknown parameter: \n\u{202e}"),
             ("/v1/a?=1&", "unknown parameter: "),
             ("/v1/a?refreshNow=yes", "invalid refreshNow value"),
             ("/v1/a?refreshNow", "invalid refreshNow value"),

@@ -11,6 +11,7 @@ use super::{listener, status};
 use crate::config::Config;
 use crate::http::response::Response;
 use crate::log::Reason;
+use crate::text::excerpt;
 use crate::token::{Source, TokenError};
 use report::Report;
 use serde_json::Value;
@@ -172,7 +173,7 @@ fn description(reply: &Response) -> String {
     let version = status.get("version").and_then(Value::as_str);
     match (pid, version) {
         (Some(pid), Some(version)) => {
-            format!(" (pid {pid}, version {})", crate::kms::reply::printable(version, 64))
+            format!(" (pid {pid}, version {})", excerpt(version, 64))
         }
         _ => String::new(),
     }

@@ -1,5 +1,6 @@
 //! Who listens on a port of this host, as far as /proc tells.
 
+use crate::text::excerpt;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -8,6 +9,8 @@ use std::path::Path;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
+/// The name of a process in a message; the kernel keeps 15 bytes of it.
+const NAME_BYTES_MAX: usize = 64;
 /// A state of /proc/net/tcp.
 const LISTEN: &str = "0A";
 /// Where a request to 127.0.0.1 or [::1] may end up: those, the IPv4 address as IPv6 has it, and any address.
@@ -64,7 +67,7 @@ pub(super) fn of(port: u16) -> Holder {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         if has_open(&process.path(), &links) {
             let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            return Holder::Process { pid, name: crate::kms::reply::printable(name.trim(), 64) };
+            return Holder::Process { pid, name: excerpt(name.trim(), NAME_BYTES_MAX) };
         }
     }
     sockets.first().map_or(Holder::Unknown, |socket| Holder::Somebody { uid: socket.uid })

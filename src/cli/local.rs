@@ -4,9 +4,9 @@ use crate::config::{Config, ResponseType};
 use crate::http::percent;
 use crate::http::response::{Progress, REPLY_BYTES_MAX, Response, ResponseError, ResponseParser};
 use crate::json::{self, Members};
-use crate::kms::reply::printable;
 use crate::log::Reason;
 use crate::secret::Secret;
+use crate::text::excerpt;
 use crate::time::{Clock, Mono};
 use crate::token::Source;
 use std::fmt;
@@ -310,7 +310,7 @@ pub(super) fn failure(reply: &Response) -> String {
         }
         Err(_) => String::from_utf8_lossy(body).into_owned(),
     };
-    let told = printable(&told, MESSAGE_BYTES_MAX);
+    let told = excerpt(told.trim(), MESSAGE_BYTES_MAX);
     format!("{} {told}", reply.status).trim_end().to_owned()
 }
 
@@ -361,7 +361,7 @@ mod tests {
             (400, r#"{"__type":"A","message":"no"}"#, "400 A: no", false),
             (403, r#"{"errors":["Bad Token"]}"#, "403 Bad Token", true),
             (403, r#"{"errors":["A: no"]}"#, "403 A: no", false),
-            (500, "<html>\u{1b}[31m\r\n", "500 <html> [31m", false),
+            (500, "<html>\u{1b}[31m\r\n", r"500 <html>\u{1b}[31m", false),
             (500, "", "500", false),
         ] {
             let reply = reply(status, body);

@@ -4,7 +4,7 @@ use super::configuration::{Loaded, load};
 use super::local::{self, AgentClient, LocalError};
 use super::terminal::{self, print};
 use crate::http::response::Response;
-use crate::kms::reply::printable;
+use crate::text::excerpt;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -120,7 +120,7 @@ fn describe(status: &Value) -> String {
 }
 
 fn string(status: &Value, pointer: &str) -> Option<String> {
-    status.pointer(pointer).and_then(Value::as_str).map(|text| printable(text, TEXT_BYTES_MAX))
+    status.pointer(pointer).and_then(Value::as_str).map(|text| excerpt(text, TEXT_BYTES_MAX))
 }
 
 /// `ok since .., until ..`, `failing since ..: why`, or that nothing was tried yet.
@@ -176,7 +176,7 @@ mod tests {
             describe(&status),
             "Running\n  version      0.1.0\n  pid          123\n  uptime       1 d 2 h\n  \
              secrets      3 cached, 1234 bytes\n  connections  2 of 800\n  \
-             KMS          failing since 2026-11-22T09:00:00Z: connect x\n  \
+             KMS          failing since 2026-11-22T09:00:00Z: connect\\u{1b}x\n  \
              credentials  ok since 2026-11-22T08:00:00Z, until 2026-11-22T14:00:00Z\n"
         );
         assert_eq!(

@@ -1,6 +1,7 @@
 //! What a command tells the person who started it: exit codes and words.
 
 use crate::log::Reason;
+use crate::text::excerpt;
 use std::fmt::Display;
 use std::io::{self, Write as _};
 
@@ -12,7 +13,13 @@ pub(super) const USAGE: u8 = 2;
 /// Tells the person at the terminal what went wrong, or what else they should know.
 pub(super) fn complain(what: &dyn Display) {
     // Whoever closed standard error wants to hear nothing.
-    let _ = writeln!(io::stderr(), "kms-agent: {what}");
+    let _ = writeln!(io::stderr(), "kms-agent: {}", lines(what));
+}
+
+/// A text of some lines for a terminal: paths and arguments in it may be foreign.
+pub(super) fn lines(text: &dyn Display) -> String {
+    let lines: Vec<String> = text.to_string().split('\n').map(|line| excerpt(line, usize::MAX)).collect();
+    lines.join("\n")
 }
 
 /// Writes to standard output; a failure is told, since what it was meant for is missing now.

@@ -3,6 +3,7 @@
 use super::names::{SECTIONS, hint, is_known, section_hint};
 use super::problem::Problem;
 use super::sections::ResponseType;
+use crate::text::{self, ELLIPSIS};
 use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::time::Duration;
@@ -11,8 +12,8 @@ use toml::de::{DeTable, DeValue, Error as SyntaxError};
 
 /// Lines reported for their syntax errors: past a few they only follow from each other.
 pub(super) const SYNTAX_ERRORS_MAX: usize = 5;
-/// Characters of a wrong value that a message shows.
-const FOUND_CHARS_MAX: usize = 60;
+/// Bytes of a wrong value that a message shows.
+const FOUND_BYTES_MAX: usize = 63;
 
 /// Gathers the problems of a file.
 pub(super) struct Findings<'t> {
@@ -283,16 +284,12 @@ fn kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-/// A value or name of the file for a message: its first line, shortened, without control characters.
+/// A value or name of the file for a message: its first line.
 fn excerpt(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
-    let mut shown: String = line
-        .chars()
-        .take(FOUND_CHARS_MAX)
-        .map(|c| if c.is_ascii() && !c.is_ascii_control() { c.into() } else { c.escape_debug().to_string() })
-        .collect();
-    if line.chars().nth(FOUND_CHARS_MAX).is_some() || line.len() < text.trim_end().len() {
-        shown.push('…');
+    let mut shown = text::excerpt(line, FOUND_BYTES_MAX);
+    if line.len() < text.trim_end().len() && !shown.ends_with(ELLIPSIS) {
+        shown.push(ELLIPSIS);
     }
     shown
 }

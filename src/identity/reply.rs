@@ -5,9 +5,10 @@ use super::error::{CredentialSource, IdentityError, ServiceError};
 use super::provider::Grant;
 use crate::http::response::Response;
 use crate::json::Members;
-use crate::kms::reply::{kms_error, printable};
+use crate::kms::reply::kms_error;
 use crate::kms::sign::Credentials;
 use crate::secret::Secret;
+use crate::text::excerpt;
 use crate::time::{rfc_3339, unix_s_of};
 use std::rc::Rc;
 use std::time::Duration;
@@ -27,7 +28,7 @@ pub(super) fn flat(asked: CredentialSource, body: &[u8], unix_s: i64) -> Result<
     let members = Members::of(body).unwrap_or_default();
     let grant = match members.text("Code") {
         Some(code) if *code == "Success" => grant(&members, unix_s),
-        Some(code) => Err(ServiceError::Code(printable(&code, CODE_BYTES_MAX))),
+        Some(code) => Err(ServiceError::Code(excerpt(code.trim(), CODE_BYTES_MAX))),
         None => Err(ServiceError::Malformed(CREDENTIALS)),
     };
     grant.map_err(|problem| IdentityError::Service(asked, problem))

@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 use crate::code::Code;
 use crate::http::response::Response;
 use crate::json::Members;
+use crate::text::excerpt;
 use crate::time::unix_s_of;
 
 /// Longest `Code` kept, in bytes.
@@ -71,7 +72,7 @@ impl fmt::Debug for Value {
     }
 }
 
-/// An error of KMS. Printable, bounded, and free of what was signed: fit for the log and for the client.
+/// An error of KMS. Made harmless, bounded, and free of what was signed: fit for the log and for the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KmsError {
     /// HTTP status; 502 if the reply was not one of KMS.
@@ -199,13 +200,13 @@ fn is_of(code: &str, family: &str) -> bool {
 /// The error in a body as KMS, and STS likewise, gives it: a JSON object with at least a `Code`.
 pub(crate) fn kms_error(response: &Response) -> Option<KmsError> {
     let members = Members::of(&response.body).ok()?;
-    let field = |name, bytes_max| members.text(name).map(|text| printable(&text, bytes_max));
+    let field = |name, bytes_max| members.text(name).map(|text| excerpt(text.trim(), bytes_max));
     Some(KmsError {
         status: response.status,
         code: field("Code", CODE_BYTES_MAX).filter(|code| !code.is_empty())?,
         message: members
             .text("Message")
-            .map(|message| printable(without_signed_text(&message), MESSAGE_BYTES_MAX))
+            .map(|message| excerpt(without_signed_text(message.trim()), MESSAGE_BYTES_MAX))
             .unwrap_or_default(),
         request_id: field("RequestId", REQUEST_ID_BYTES_MAX).unwrap_or_default(),
     })
@@ -226,25 +227,6 @@ fn without_signed_text(message: &str) -> &str {
         Some(kept) => kept.trim_end().trim_end_matches("server").trim_end(),
         None => message.trim_end(),
     }
-}
-
-/// `text` without what could forge a line of a log or deceive its reader (control, bidirectional and invisible
-/// format characters become spaces), cut at a character's end.
-pub(crate) fn printable(text: &str, bytes_max: usize) -> String {
-    let is_deceptive = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
-    };
-    let mut kept = String::new();
-    for c in text.chars().map(|c| if is_deceptive(c) { ' ' } else { c }) {
-        if kept.len() + c.len_utf8() > bytes_max {
-            break;
-        }
-        kept.push(c);
-    }
-    kept.truncate(kept.trim_end().len());
-    kept
 }
 
 #[cfg(test)]
@@ -456,9 +438,10 @@ mod tests {
             "r".repeat(1000)
         );
         let Reply::Refused(error) = parsed(404, &body) else { panic!() };
-        assert_eq!(error.code, "A  B");
-        assert!(error.message.starts_with("x [31m y\u{e9}"), "{}", error.message);
+        assert_eq!(error.code, r"A\r\nB\0");
+        assert!(error.message.starts_with(r"x\u{1b}[31m\u{202e}yé"), "{}", error.message);
         assert!((MESSAGE_BYTES_MAX - 1..=MESSAGE_BYTES_MAX).contains(&error.message.len()));
+        assert!(error.message.ends_with("é…"));
         assert_eq!(error.request_id.len(), REQUEST_ID_BYTES_MAX);
         // Only a code is a must.
         let Reply::Refused(error) = parsed(404, r#"{"Code":"A","Message":{}}"#) else { panic!() };

@@ -20,7 +20,8 @@ mod file;
 mod sink;
 mod text;
 
-pub use text::{LeftOut, RateLimit, escape};
+pub(crate) use crate::text::escape;
+pub use text::{LeftOut, RateLimit};
 
 use file::{LogFile, create_folder};
 use sink::{Notice, Output, Sink, Sinks};
@@ -52,16 +53,12 @@ pub const BUFFER_BYTES_MAX: usize = 32 * 1024;
 pub const RECORD_BYTES_MAX: usize = 4096;
 /// Bytes of lines after which they do not wait for the end of a tick.
 const BATCH_BYTES: usize = 8 * 1024;
-/// Characters of foreign text that [`escape`] lets through; the rest is cut off.
-pub const ESCAPE_CHARS_MAX: usize = 256;
 /// Between two tries to write after a failure, and between two looks whether the log file is still
 /// the one at its path.
 pub const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// First segment of the targets of our own records (library and binary have the same name).
 const OWN_TARGET: &str = env!("CARGO_CRATE_NAME");
-/// Marks text that was cut.
-const ELLIPSIS: char = '…';
 
 /// The `[Log]` section of the configuration, which also calls it `config::Log`. It lives here
 /// because imports point one way: `config` knows `log`.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::sink::{Notice, Output, Sink, Sinks};
 use super::*;
+use crate::text::{ELLIPSIS, ESCAPE_CHARS_MAX};
 use crate::time::Mono;
 
 /// A folder that goes when the test ends.

@@ -7,7 +7,8 @@ use std::time::Duration;
 use log::{Level, LevelFilter};
 use simplelog::{Config, ConfigBuilder, FormatItem, format_description};
 
-use super::{ELLIPSIS, ESCAPE_CHARS_MAX, RECORD_BYTES_MAX};
+use super::RECORD_BYTES_MAX;
+use crate::text::{ELLIPSIS, is_plain, shown};
 use crate::time::Mono;
 
 /// At most so many records of one kind a second, after a burst. Pure: handed the time.
@@ -60,29 +61,6 @@ impl Display for LeftOut {
             0 => Ok(()),
             count => write!(f, " ({count} like it left out)"),
         }
-    }
-}
-
-/// Makes foreign text safe between quotes in one log line: quotes, backslashes, control characters
-/// and whatever else is not seen as itself (U+2028, direction marks, ..) are escaped as in a Rust
-/// string; text past [`ESCAPE_CHARS_MAX`] characters is cut off, with an ellipsis.
-pub fn escape(text: &str) -> impl Display {
-    Escaped(text)
-}
-
-struct Escaped<'a>(&'a str);
-
-impl Display for Escaped<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let plain = |byte: u8| is_plain(byte) && !matches!(byte, b'"' | b'\'' | b'\\');
-        if self.0.len() <= ESCAPE_CHARS_MAX && self.0.bytes().all(plain) {
-            return f.write_str(self.0);
-        }
-        let mut chars = self.0.chars();
-        for c in chars.by_ref().take(ESCAPE_CHARS_MAX) {
-            write!(f, "{}", c.escape_debug())?;
-        }
-        if chars.next().is_some() { f.write_char(ELLIPSIS) } else { Ok(()) }
     }
 }
 
@@ -198,20 +176,9 @@ impl fmt::Write for Text<'_> {
             self.put(text);
             return Ok(());
         }
-        for c in text.chars() {
-            if c.is_ascii() && !c.is_ascii_control() {
-                self.put(c.encode_utf8(&mut [0; 4]));
-            } else {
-                for escaped in c.escape_debug() {
-                    self.put(escaped.encode_utf8(&mut [0; 4]));
-                }
-            }
+        for c in text.chars().flat_map(shown) {
+            self.put(c.encode_utf8(&mut [0; 4]));
         }
         Ok(())
     }
-}
-
-/// Whether a byte stands for itself in a line.
-fn is_plain(byte: u8) -> bool {
-    byte == b' ' || byte.is_ascii_graphic()
 }

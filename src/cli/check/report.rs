@@ -1,5 +1,6 @@
 //! The lines of a check: what they look like, and whether one of them failed.
 
+use crate::cli::terminal::lines;
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
 
@@ -46,6 +47,6 @@ impl Report {
         let (begin, end) =
             if self.colour { (format!("\u{1b}[{colour}m"), "\u{1b}[m") } else { (String::new(), "") };
         // Whoever closed the pipe has seen enough; the exit code still tells.
-        let _ = writeln!(io::stdout(), "{begin}{verdict:<8}{end} {step:<14} {what}");
+        let _ = writeln!(io::stdout(), "{begin}{verdict:<8}{end} {step:<14} {}", lines(&what));
     }
 }
