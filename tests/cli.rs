@@ -131,7 +131,7 @@ fn get_says_why_not() {
     finish(world.command(&["get", "db"]).env("KMS_TOKEN", "")).fails(1, "the token is empty");
     finish(world.command(&["get", "db"]).env("KMS_TOKEN", "file:///nowhere/token"))
         .fails(1, "token file /nowhere/token: cannot read it: No such file");
-    finish(command(TOKEN).args(["get", "db", "--config", "/nowhere"])).fails(2, "cannot read configuration");
+    finish(command(TOKEN).args(["get", "db", "--config", "/nowhere"])).fails(2, "cannot read the configuration");
     let any_port = world.agent.folder.write("any.toml", "[Server]\nHttpPort = 0\n");
     finish(command(TOKEN).args(["get", "db", "-c"]).arg(any_port)).fails(1, "HttpPort is 0");
     let _nobody = world.agent.stop_and_hold_port();
@@ -244,7 +244,7 @@ fn status_tells_the_four_states() {
     let _nobody = world.agent.stop_and_hold_port();
     let done = world.run(&["status"]);
     assert_eq!((done.code, done.stdout.as_str()), (Some(3), "Not running\n"));
-    finish(command(TOKEN).args(["status", "-c", "/nowhere"])).fails(2, "cannot read configuration");
+    finish(command(TOKEN).args(["status", "-c", "/nowhere"])).fails(2, "cannot read the configuration");
 }
 
 /// Something else on a port: says this to everybody who asks.

@@ -102,7 +102,7 @@ fn the_ram_role_is_read_once_a_renewal_and_not_once_a_call() {
     }
     let reads = |emulator: &Emulator| emulator.counters().credential_reads["EcsRamRoleKms"];
     assert_eq!((reads(&emulator), emulator.counters().metadata_token_puts), (1, 1));
-    agent.wait_for_log("identity: the instance's RAM role");
+    agent.wait_for_log("identity for KMS: the instance's RAM role");
     emulator.expire_credentials();
     gets_the_secret(&agent);
     emulator.revoke_credentials();
@@ -190,7 +190,7 @@ fn an_access_key_from_the_environment_needs_nobody() {
     for auth_type in ["access_key", "auto"] {
         let mut agent = with_access_key(setup(&emulator)).text("KMS", "AuthType", auth_type).start();
         gets_the_secret(&agent);
-        agent.wait_for_log("identity: the access key in the environment");
+        agent.wait_for_log("identity for KMS: the access key in the environment");
         emulator.remove_access_key(AK_ID);
         let refused = agent.secret("db");
         assert_eq!(refused.status, 404, "{}", refused.text());
@@ -258,10 +258,14 @@ fn the_chain_moves_on_to_a_credentials_uri_and_says_why() {
     let emulator = emulator_with(|options| options.role = None);
     let mut agent = with_uri(&emulator, setup(&emulator)).start();
     gets_the_secret(&agent);
-    agent.wait_for_log("identity: the instance's RAM role, or else the credentials URI");
-    agent.wait_for_log("identity: not the access key in the environment: ALIBABA_CLOUD_ACCESS_KEY_ID, ");
-    agent.wait_for_log("not the instance's RAM role: metadata service: no RAM role is attached");
-    agent.wait_for_log("credentials of the credentials URI fetched");
+    agent.wait_for_log("identity for KMS: the instance's RAM role, or else the credentials URI");
+    agent.wait_for_log(
+        "identity for KMS: skipped the access key in the environment (ALIBABA_CLOUD_ACCESS_KEY_ID, ",
+    );
+    agent.wait_for_log(
+        "the instance's RAM role gave no credentials: metadata service: no RAM role is attached",
+    );
+    agent.wait_for_log("fetched credentials: the credentials URI");
     gets_the_secret(&agent);
     assert_eq!(emulator.counters().credentials_uri_reads, 1);
 
@@ -270,7 +274,7 @@ fn the_chain_moves_on_to_a_credentials_uri_and_says_why() {
         (CredentialsUriFault::Status500, "it answered 500"),
         (CredentialsUriFault::NotSuccess, "it has no credentials: "),
         (CredentialsUriFault::Malformed, "it gave credentials that cannot be read"),
-        (CredentialsUriFault::Expired, "it gave credentials that ended at 20"),
+        (CredentialsUriFault::Expired, "it gave credentials that expired at 20"),
     ] {
         emulator.set_credentials_uri_fault(Some(fault));
         emulator.revoke_credentials();
@@ -284,7 +288,9 @@ fn the_chain_moves_on_to_a_credentials_uri_and_says_why() {
     let agent =
         with_uri(&emulator, setup(&emulator)).env("ALIBABA_CLOUD_ECS_METADATA_DISABLED", "true").start();
     gets_the_secret(&agent);
-    agent.wait_for_log("identity: not the instance's RAM role: ALIBABA_CLOUD_ECS_METADATA_DISABLED is true");
+    agent.wait_for_log(
+        "identity for KMS: skipped the instance's RAM role (ALIBABA_CLOUD_ECS_METADATA_DISABLED is true)",
+    );
 }
 
 #[test]
@@ -351,7 +357,7 @@ fn trouble_that_stays_the_same_is_told_once_a_minute() {
         // A token and, in plain mode, the role.
         emulator.counters().metadata_requests >= 10
     });
-    assert_eq!(agent.log().matches("no credentials: metadata service").count(), 1);
+    assert_eq!(agent.log().matches("there are no credentials for KMS: metadata service").count(), 1);
     emulator.set_metadata_fault(None).unwrap();
     heals(&agent);
 }
@@ -361,7 +367,7 @@ fn what_cannot_be_ends_the_start_with_code_2() {
     let emulator = emulator();
     let set = |key: &'static str, value: &str| setup(&emulator).text("KMS", key, value);
     for (setup, part) in [
-        (set("AuthType", "instance_identity"), "needs AapArn too"),
+        (set("AuthType", "instance_identity"), "also needs AapArn"),
         (set("AapArn", "acs:kms:cn-hangzhou:x:applicationaccesspoint/a"), "[KMS] AapArn"),
         (
             set("AapArn", &emulator.aap_arn("a")).text("KMS", "Region", "cn-beijing"),
@@ -372,14 +378,17 @@ fn what_cannot_be_ends_the_start_with_code_2() {
             "[KMS] AuthType = \"access_key\": ALIBABA_CLOUD_ACCESS_KEY_SECRET is not set",
         ),
         (set("AuthType", "oidc"), "ALIBABA_CLOUD_ROLE_ARN, "),
-        (setup(&emulator).env("ALIBABA_CLOUD_ECS_METADATA_DISABLED", "true"), "finds nobody to be"),
+        (
+            setup(&emulator).env("ALIBABA_CLOUD_ECS_METADATA_DISABLED", "true"),
+            "finds no identity that is configured",
+        ),
         (
             setup(&emulator).env("ALIBABA_CLOUD_CREDENTIALS_URI", "hush"),
             "ALIBABA_CLOUD_CREDENTIALS_URI must be",
         ),
         (
             set("Endpoint", "kst-hzz1.cryptoservice.kms.aliyuncs.com").without("KMS", "CaFile"),
-            "needs CaFile too: a KMS instance has a certificate of its private CA",
+            "also needs CaFile: a private CA of KMS issues the certificate of an instance",
         ),
     ] {
         let (code, stderr) = setup.start_in_vain();

@@ -49,7 +49,7 @@ const LOG_BACKUP_FILES: RangeInclusive<u32> = 0..=crate::log::BACKUP_FILES_MAX;
 
 /// How the host name of a KMS instance ends. Its certificate is of KMS's private CA.
 const INSTANCE_ENDPOINT: &str = ".cryptoservice.kms.aliyuncs.com";
-const NEEDS_CA_FILE: &str = "needs CaFile too: a KMS instance has a certificate of its private CA. Download that \
+const NEEDS_CA_FILE: &str = "also needs CaFile: a private CA of KMS issues the certificate of an instance. Download that \
     CA's certificate from the instance's page in the KMS console (or CaCertificateChainPem of GetKmsInstance) and name \
     the file in CaFile";
 /// Reads a configuration file.
@@ -128,12 +128,15 @@ pub fn parse(text: &str) -> Result<Config, Vec<Problem>> {
     section.optional("CaFile", read_path, &mut kms.ca_file);
     section.text("MetadataEndpoint", read_metadata_endpoint, &mut kms.metadata_endpoint);
     if kms.auth_type == AuthType::InstanceIdentity && section.is_unset("AapArn") {
-        section.problem("AuthType", "needs AapArn too: the application access point to ask".to_owned());
+        section.problem("AuthType", "also needs AapArn, which names the application access point".to_owned());
     }
     if let (Some(aap), Some(region)) = (&kms.aap_arn, &kms.region)
         && aap.region != *region
     {
-        section.problem("AapArn", format!("is in {}, but Region is {region}", aap.region));
+        section.problem(
+            "AapArn",
+            format!("is in {}, but Region is {region}: both must name the same region", aap.region),
+        );
     }
     let is_instance = kms.endpoint.as_ref().is_some_and(|it| it.host.ends_with(INSTANCE_ENDPOINT));
     if is_instance && section.is_unset("CaFile") {

@@ -68,7 +68,7 @@ pub(super) fn hint(section: Option<(&str, &[&'static str])>, name: &str) -> Stri
             format!("did you mean {known}? (upper and lower case matter)")
         }
         (Some((None, known)), _) => format!("did you mean {known}?"),
-        (None, Some((section, keys))) => format!("[{section}] knows {}", keys.join(", ")),
+        (None, Some((section, keys))) => format!("the keys of [{section}] are {}", keys.join(", ")),
         (None, None) => sections(),
     }
 }

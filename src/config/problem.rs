@@ -57,11 +57,11 @@ impl Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             LoadError::Read { path, error } => {
-                write!(f, "cannot read configuration {}: {}", path.display(), Reason(error))
+                write!(f, "cannot read the configuration {}: {}", path.display(), Reason(error))
             }
             LoadError::Invalid { path, problems } => {
                 let plural = if problems.len() == 1 { "problem" } else { "problems" };
-                write!(f, "{} {plural} in configuration {}:", problems.len(), path.display())?;
+                write!(f, "{} {plural} in the configuration {}:", problems.len(), path.display())?;
                 problems.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
             }
         }

@@ -80,13 +80,13 @@ impl<'t> Findings<'t> {
                     }
                     (Some((section, _)), _) => (
                         format!("[{section}]"),
-                        format!("must be one section: a line [{section}], its keys below it"),
+                        format!("must be one section: a line [{section}] with its keys below it"),
                     ),
                     (None, DeValue::Table(_)) => {
                         (format!("[{}]", excerpt(name)), format!("unknown section; {}", section_hint(name)))
                     }
                     (None, _) => {
-                        (excerpt(name), format!("a key outside of any section; {}", hint(None, name)))
+                        (excerpt(name), format!("this key is outside of any section; {}", hint(None, name)))
                     }
                 };
             self.report(&span, key, None, message);
@@ -247,7 +247,7 @@ impl<'r, 't> Section<'r, 't> {
         };
         if !count.contains(&values.len()) {
             let message =
-                format!("must have {} to {} elements, has {}", count.start(), count.end(), values.len());
+                format!("must have {} to {} elements, and has {}", count.start(), count.end(), values.len());
             return self.problem(key, message);
         }
         let mut names: Vec<String> = Vec::with_capacity(values.len());

@@ -201,10 +201,10 @@ fn header_names() {
     for (value, expected) in [
         (r#"["X-a"]"#, Ok(vec!["X-a"])),
         (r#"["1","2","3","4","5","6","7","8"]"#, Ok(vec!["1", "2", "3", "4", "5", "6", "7", "8"])),
-        ("[]", Err("[]: must have 1 to 8 elements, has 0".to_owned())),
+        ("[]", Err("[]: must have 1 to 8 elements, and has 0".to_owned())),
         (
             r#"["1","2","3","4","5","6","7","8","9"]"#,
-            Err(r#"["1","2","3","4","5","6","7","8","9"]: must have 1 to 8 elements, has 9"#.to_owned()),
+            Err(r#"["1","2","3","4","5","6","7","8","9"]: must have 1 to 8 elements, and has 9"#.to_owned()),
         ),
         (r#"["X Y"]"#, Err(format!(r#""X Y": {NAME}"#))),
         (r#"["X:"]"#, Err(format!(r#""X:": {NAME}"#))),
@@ -241,7 +241,7 @@ fn environment_variables() {
     assert_eq!(read("[]"), Ok(vec![]));
     assert_eq!(read(r#"["_a1", "_A1"]"#), Ok(vec!["_a1".to_owned(), "_A1".to_owned()]));
     assert_eq!(read(&quoted(16)).unwrap().len(), 16);
-    assert!(read(&quoted(17)).unwrap_err().ends_with("must have 0 to 16 elements, has 17"));
+    assert!(read(&quoted(17)).unwrap_err().ends_with("must have 0 to 16 elements, and has 17"));
     assert!(read(r#"["A", "A"]"#).unwrap_err().ends_with("\"A\": is in the list twice"));
     let name = |bytes| format!("[\"{}\"]", "x".repeat(bytes));
     assert!(read(&name(128)).is_ok());
@@ -301,20 +301,20 @@ fn allowed_hosts() {
         assert_eq!(read(name).as_deref(), Ok(expected));
     }
     for (name, expected) in [
-        ("agent:2025", "leave the port away"),
-        ("[::1]:2025", "leave the port away"),
-        ("http://agent", "leave scheme and path away"),
-        ("agent/", "leave scheme and path away"),
-        ("*.internal", "* stands for nothing here"),
+        ("agent:2025", "without a port"),
+        ("[::1]:2025", "without a port"),
+        ("http://agent", "without a scheme or a path"),
+        ("agent/", "without a scheme or a path"),
+        ("*.internal", "wildcards (*) are not supported"),
         ("", "this is empty"),
         ("a..b", "letters, digits and hyphens between dots"),
         ("a b", "letters, digits and hyphens between dots"),
         ("-a", "letters, digits and hyphens between dots"),
         ("a-", "letters, digits and hyphens between dots"),
         ("a.", "letters, digits and hyphens between dots"),
-        ("10.0.0.256", "this is no IPv4 address"),
-        ("10.1", "this is no IPv4 address"),
-        ("[::g]", "this is no IPv6 address in brackets"),
+        ("10.0.0.256", "this is not an IPv4 address"),
+        ("10.1", "this is not an IPv4 address"),
+        ("[::g]", "this is not an IPv6 address in brackets"),
     ] {
         let message = read(name).unwrap_err();
         assert!(message.ends_with(expected), "{message}");
@@ -324,7 +324,7 @@ fn allowed_hosts() {
     assert!(
         with("Server", "AllowedHosts", names(65))
             .unwrap_err()
-            .ends_with("must have 0 to 64 elements, has 65")
+            .ends_with("must have 0 to 64 elements, and has 65")
     );
     let twice = with("Server", "AllowedHosts", r#"["A", "a"]"#).unwrap_err();
     assert!(twice.ends_with("\"a\": is in the list twice"), "{twice}");
@@ -353,23 +353,29 @@ fn endpoints() {
     }
     assert_eq!(with("KMS", "Endpoint", "\"\"").unwrap().kms.endpoint, None);
     for (text, expected) in [
-        ("https://kms.example.com", "must be host or host:port: leave https:// away"),
-        ("kms.example.com/path", "must be host or host:port: leave away what follows them"),
-        ("kms.example.com/", "must be host or host:port: leave away what follows them"),
-        ("kms?x", "must be host or host:port: leave away what follows them"),
-        ("::1", "must be host or host:port, an IPv6 address in brackets: [::1]:443"),
-        ("host:", "must be host or host:port, the port 1 to 65535"),
-        ("host:0", "must be host or host:port, the port 1 to 65535"),
-        ("host:65536", "must be host or host:port, the port 1 to 65535"),
-        ("host:+80", "must be host or host:port, the port 1 to 65535"),
-        ("[::1]:x", "must be host or host:port, the port 1 to 65535"),
-        ("[::1", "must be a host name or an IP address: this is no IPv6 address in brackets"),
-        ("[::1]80", "must be a host name or an IP address: this is no IPv6 address in brackets"),
-        ("[fe80::1%eth0]", "must be a host name or an IP address: this is no IPv6 address in brackets"),
+        ("https://kms.example.com", "must be host or host:port, without https://"),
+        ("kms.example.com/path", "must be host or host:port, without a path or anything else after it"),
+        ("kms.example.com/", "must be host or host:port, without a path or anything else after it"),
+        ("kms?x", "must be host or host:port, without a path or anything else after it"),
+        ("::1", "must be host or host:port, and an IPv6 address must be in brackets: [::1]:443"),
+        ("host:", "must be host or host:port, and the port must be 1 to 65535"),
+        ("host:0", "must be host or host:port, and the port must be 1 to 65535"),
+        ("host:65536", "must be host or host:port, and the port must be 1 to 65535"),
+        ("host:+80", "must be host or host:port, and the port must be 1 to 65535"),
+        ("[::1]:x", "must be host or host:port, and the port must be 1 to 65535"),
+        ("[::1", "must be a host name or an IP address: this is not an IPv6 address in brackets"),
+        ("[::1]80", "must be a host name or an IP address: this is not an IPv6 address in brackets"),
+        ("[fe80::1%eth0]", "must be a host name or an IP address: this is not an IPv6 address in brackets"),
         (":443", "must be a host name or an IP address: this is empty"),
-        ("user@host", "must be a host name or an IP address: letters, digits and hyphens between dots"),
-        ("<instance>.kms", "must be a host name or an IP address: letters, digits and hyphens between dots"),
-        ("1.2.3", "must be a host name or an IP address: this is no IPv4 address"),
+        (
+            "user@host",
+            "must be a host name or an IP address: a name has letters, digits and hyphens between dots",
+        ),
+        (
+            "<instance>.kms",
+            "must be a host name or an IP address: a name has letters, digits and hyphens between dots",
+        ),
+        ("1.2.3", "must be a host name or an IP address: this is not an IPv4 address"),
     ] {
         let message = with("KMS", "Endpoint", format!("\"{text}\"")).unwrap_err();
         assert_eq!(message, format!("line 2: [KMS] Endpoint = \"{text}\": {expected}"));
@@ -405,7 +411,7 @@ fn metadata_endpoints() {
             (
                 r#""https://100.100.100.200""#,
                 Err(
-                    r#""https://100.100.100.200": must begin with http://: the metadata service speaks no TLS"#,
+                    r#""https://100.100.100.200": must begin with http://: the metadata service does not use TLS"#,
                 ),
             ),
             (r#""100.100.100.200""#, Err(r#""100.100.100.200": must be http://host or http://host:port"#)),
@@ -413,7 +419,7 @@ fn metadata_endpoints() {
             (
                 r#""http://a/latest""#,
                 Err(
-                    r#""http://a/latest": after http:// must be host or host:port: leave away what follows them"#,
+                    r#""http://a/latest": what follows http:// must be host or host:port, without a path or anything else after it"#,
                 ),
             ),
         ],
@@ -459,7 +465,7 @@ fn authentication_types() {
     for no_arn in ["", "AapArn = \"\"\n"] {
         assert_eq!(
             problems(&format!("[KMS]\nAuthType = \"instance_identity\"\n{no_arn}")),
-            "line 2: [KMS] AuthType = \"instance_identity\": needs AapArn too: the application access point to ask"
+            "line 2: [KMS] AuthType = \"instance_identity\": also needs AapArn, which names the application access point"
         );
     }
     let wrong_arn = problems("[KMS]\nAuthType = \"instance_identity\"\nAapArn = \"x\"\n");
@@ -486,7 +492,10 @@ fn region_and_endpoint_follow_from_each_other() {
     }
     let elsewhere = problems(&format!("[KMS]\nRegion = \"cn-b\"\n{arn}"));
     assert!(elsewhere.starts_with("line 3: [KMS] AapArn = "), "{elsewhere}");
-    assert!(elsewhere.ends_with(": is in cn-a, but Region is cn-b"), "{elsewhere}");
+    assert!(
+        elsewhere.ends_with(": is in cn-a, but Region is cn-b: both must name the same region"),
+        "{elsewhere}"
+    );
 }
 
 #[test]
@@ -496,7 +505,7 @@ fn an_instance_endpoint_needs_the_private_ca() {
     for no_ca in ["", "CaFile = \"\"\n"] {
         let problem = problems(&format!("{endpoint}{no_ca}"));
         assert!(
-            problem.starts_with("line 2: [KMS] Endpoint = ") && problem.contains("needs CaFile too"),
+            problem.starts_with("line 2: [KMS] Endpoint = ") && problem.contains("also needs CaFile"),
             "{problem}"
         );
         assert!(problem.contains("GetKmsInstance") && !problem.contains("  "), "{problem}");
@@ -584,7 +593,7 @@ fn unknown_names_come_with_the_nearest_known_one() {
         ("[Server]\nHttpPrt = 1", "line 2: [Server] HttpPrt: unknown key; did you mean HttpPort?"),
         (
             "[Server]\nPort = 1",
-            "line 2: [Server] Port: unknown key; [Server] knows HttpPort, SSRFHeaders, SSRFEnvVariables, PathPrefix, MaxConn, ResponseType, IgnoreTransientErrors, AllowedHosts",
+            "line 2: [Server] Port: unknown key; the keys of [Server] are HttpPort, SSRFHeaders, SSRFEnvVariables, PathPrefix, MaxConn, ResponseType, IgnoreTransientErrors, AllowedHosts",
         ),
         ("[Server]\nhttp_port = 1", "line 2: [Server] http_port: unknown key; did you mean HttpPort?"),
         (
@@ -599,7 +608,7 @@ fn unknown_names_come_with_the_nearest_known_one() {
         ("[Log]\nLevel = 1", "line 2: [Log] Level: unknown key; did you mean LogLevel?"),
         (
             "[Log]\nxyz = 1",
-            "line 2: [Log] xyz: unknown key; [Log] knows LogLevel, LogPath, LogFileSizeMB, LogBackupFiles",
+            "line 2: [Log] xyz: unknown key; the keys of [Log] are LogLevel, LogPath, LogFileSizeMB, LogBackupFiles",
         ),
         ("[Cache.CacheSizes]\nx = 1", "line 1: [Cache] CacheSizes: unknown key; did you mean CacheSize?"),
         ("\n[server]\n", "line 2: [server]: unknown section; did you mean [Server]?"),
@@ -608,20 +617,23 @@ fn unknown_names_come_with_the_nearest_known_one() {
             "[Storage]\n",
             "line 1: [Storage]: unknown section; the sections are [Server], [Cache], [KMS], [Log]",
         ),
-        ("HttpPort = 1", "line 1: HttpPort: a key outside of any section; it belongs in [Server]"),
+        ("HttpPort = 1", "line 1: HttpPort: this key is outside of any section; it belongs in [Server]"),
         (
             "httpPort = 1",
-            "line 1: httpPort: a key outside of any section; did you mean HttpPort in [Server]?",
+            "line 1: httpPort: this key is outside of any section; did you mean HttpPort in [Server]?",
         ),
         (
             "x = 1",
-            "line 1: x: a key outside of any section; the sections are [Server], [Cache], [KMS], [Log]",
+            "line 1: x: this key is outside of any section; the sections are [Server], [Cache], [KMS], [Log]",
         ),
-        ("Server = 1", "line 1: [Server]: must be one section: a line [Server], its keys below it"),
-        ("[[Log]]\nLogLevel = 'info'", "line 1: [Log]: must be one section: a line [Log], its keys below it"),
+        ("Server = 1", "line 1: [Server]: must be one section: a line [Server] with its keys below it"),
+        (
+            "[[Log]]\nLogLevel = 'info'",
+            "line 1: [Log]: must be one section: a line [Log] with its keys below it",
+        ),
         (
             "[Log]\n\"a\\nb\" = 1",
-            "line 2: [Log] a…: unknown key; [Log] knows LogLevel, LogPath, LogFileSizeMB, LogBackupFiles",
+            "line 2: [Log] a…: unknown key; the keys of [Log] are LogLevel, LogPath, LogFileSizeMB, LogBackupFiles",
         ),
     ] {
         assert_eq!(problems(text), expected, "{text}");
@@ -736,7 +748,7 @@ fn load_says_which_file() {
     let path = std::env::temp_dir().join(format!("kms-agent-config-{}.toml", std::process::id()));
     let shown = path.display();
     let error = load(&path).unwrap_err().to_string();
-    assert_eq!(error, format!("cannot read configuration {shown}: No such file or directory"));
+    assert_eq!(error, format!("cannot read the configuration {shown}: No such file or directory"));
     let of = |text: &str| {
         std::fs::write(&path, text).unwrap();
         let result = load(&path).map_err(|error| error.to_string());
@@ -747,12 +759,12 @@ fn load_says_which_file() {
     assert_eq!(
         of("[Server]\nHttpPort = 70000\n").unwrap_err(),
         format!(
-            "1 problem in configuration {shown}:\n  line 2: [Server] HttpPort = 70000: must be 0 to 65535"
+            "1 problem in the configuration {shown}:\n  line 2: [Server] HttpPort = 70000: must be 0 to 65535"
         )
     );
     let two = of("[Server]\nHttpPort = 70000\nMaxConn = 0\n").unwrap_err();
     assert_eq!(two.lines().count(), 3);
-    assert!(two.starts_with(&format!("2 problems in configuration {shown}:\n")));
+    assert!(two.starts_with(&format!("2 problems in the configuration {shown}:\n")));
 }
 
 #[test]

@@ -62,15 +62,15 @@ impl HostPort {
     pub fn parse(text: &str, default_port: u16) -> Result<HostPort, String> {
         const FORM: &str = "must be host or host:port";
         if let Some((scheme, _)) = text.split_once("://") {
-            return Err(format!("{FORM}: leave {scheme}:// away"));
+            return Err(format!("{FORM}, without {scheme}://"));
         }
         if let Some((_, _)) = text.split_once(['/', '?', '#']) {
-            return Err(format!("{FORM}: leave away what follows them"));
+            return Err(format!("{FORM}, without a path or anything else after it"));
         }
         let (host, port) = match (text.starts_with('['), text.rsplit_once(':')) {
             (true, Some((host, port))) if host.ends_with(']') => (host, Some(port)),
             (false, Some((host, _))) if host.contains(':') => {
-                return Err(format!("{FORM}, an IPv6 address in brackets: [::1]:{default_port}"));
+                return Err(format!("{FORM}, and an IPv6 address must be in brackets: [::1]:{default_port}"));
             }
             (false, Some((host, port))) => (host, Some(port)),
             _ => (text, None),
@@ -81,7 +81,7 @@ impl HostPort {
                 .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
                 .and_then(|port| port.parse().ok())
                 .filter(|&port| port > 0)
-                .ok_or_else(|| format!("{FORM}, the port 1 to 65535"))?,
+                .ok_or_else(|| format!("{FORM}, and the port must be 1 to 65535"))?,
         };
         Ok(HostPort { host: read_host(host)?, port })
     }
@@ -142,7 +142,7 @@ impl AapArn {
             })
         };
         parts().ok_or_else(|| {
-            "must be acs:kms:<region>:<account>:applicationaccesspoint/<name> (no <> around them)".to_owned()
+            "must be acs:kms:<region>:<account>:applicationaccesspoint/<name>, with your own values in place of <..>".to_owned()
         })
     }
 
@@ -175,7 +175,10 @@ pub(super) fn read_header(text: &str) -> Result<String, String> {
         ));
     }
     if TAKEN.iter().any(|taken| taken.eq_ignore_ascii_case(text)) {
-        return Err(format!("cannot carry the token: none of {} can", TAKEN.join(", ")));
+        return Err(format!(
+            "cannot carry the token, because HTTP or the agent itself uses it. Choose another header than {}",
+            TAKEN.join(", ")
+        ));
     }
     Ok(text.to_owned())
 }
@@ -187,7 +190,7 @@ pub(super) fn read_env_name(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err(format!(
-            "must be the name of an environment variable: 1 to {ENV_NAME_BYTES_MAX} letters, digits or _, no digit first"
+            "must be the name of an environment variable: 1 to {ENV_NAME_BYTES_MAX} letters, digits or _, and the first one no digit"
         ))
     }
 }
@@ -215,7 +218,7 @@ pub(super) fn read_host(text: &str) -> Result<String, String> {
     if let Some(inner) = text.strip_prefix('[') {
         return match inner.strip_suffix(']').map(str::parse::<Ipv6Addr>) {
             Some(Ok(address)) => Ok(address.to_string()),
-            _ => must("this is no IPv6 address in brackets"),
+            _ => must("this is not an IPv6 address in brackets"),
         };
     }
     if let Ok(address) = text.parse::<Ipv6Addr>() {
@@ -229,11 +232,11 @@ pub(super) fn read_host(text: &str) -> Result<String, String> {
     if text.is_empty() {
         must("this is empty")
     } else if text.len() > HOST_BYTES_MAX || !text.split('.').all(is_label) {
-        must("letters, digits and hyphens between dots")
+        must("a name has letters, digits and hyphens between dots")
     } else if text.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()))
         && text.parse::<Ipv4Addr>().is_err()
     {
-        must("this is no IPv4 address")
+        must("this is not an IPv4 address")
     } else {
         Ok(text.to_ascii_lowercase())
     }
@@ -242,11 +245,11 @@ pub(super) fn read_host(text: &str) -> Result<String, String> {
 pub(super) fn read_allowed_host(text: &str) -> Result<String, String> {
     let is_ipv6 = text.parse::<Ipv6Addr>().is_ok() || (text.starts_with('[') && text.ends_with(']'));
     if text.contains('*') {
-        Err("must be a whole host name: * stands for nothing here".to_owned())
+        Err("must be a whole host name: wildcards (*) are not supported".to_owned())
     } else if text.contains("://") || text.contains('/') {
-        Err("must be a host name or an IP address alone: leave scheme and path away".to_owned())
+        Err("must be a host name or an IP address alone, without a scheme or a path".to_owned())
     } else if text.contains(':') && !is_ipv6 {
-        Err("must be a host name or an IP address alone: leave the port away".to_owned())
+        Err("must be a host name or an IP address alone, without a port".to_owned())
     } else {
         read_host(text)
     }
@@ -295,13 +298,13 @@ pub(super) fn read_path(text: &str) -> Result<PathBuf, String> {
 
 pub(super) fn read_metadata_endpoint(text: &str) -> Result<HostPort, String> {
     if text.starts_with("https://") {
-        return Err("must begin with http://: the metadata service speaks no TLS".to_owned());
+        return Err("must begin with http://: the metadata service does not use TLS".to_owned());
     }
     let Some(rest) = text.strip_prefix("http://") else {
         return Err("must be http://host or http://host:port".to_owned());
     };
     HostPort::parse(rest.strip_suffix('/').unwrap_or(rest), METADATA_PORT)
-        .map_err(|message| format!("after http:// {message}"))
+        .map_err(|message| format!("what follows http:// {message}"))
 }
 
 pub(super) fn read_level(text: &str) -> Result<LevelFilter, String> {

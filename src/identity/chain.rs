@@ -63,7 +63,7 @@ impl Chain {
             (AuthType::Oidc, _) => vec![pinned("oidc", boxed(Oidc::find(env, kms)))?],
         };
         let names: Vec<_> = providers.iter().map(|provider| provider.name()).collect();
-        log::info!("identity: {}", names.join(", or else "));
+        log::info!("identity for KMS: {}", names.join(", or else "));
         let metadata = Metadata::new(kms.metadata_endpoint.clone(), env.is_true(PLAIN_DISABLED));
         Ok(Chain {
             shared: Shared { metadata, region: None },
@@ -95,7 +95,7 @@ impl Chain {
 
     fn name_of(&self, at: usize) -> &'static str {
         debug_assert!(at < self.providers.len(), "provider {at} of {}", self.providers.len());
-        self.providers.get(at).map_or("nobody", |provider| provider.name())
+        self.providers.get(at).map_or("no provider", |provider| provider.name())
     }
 
     /// Begins a conversation.
@@ -136,7 +136,7 @@ impl Chain {
             Ok(Next::Done(grant)) => {
                 self.serving = Some(at);
                 for (name, error) in self.failed.drain(..) {
-                    log::info!("not {name}: {error}");
+                    log::info!("{name} gave no credentials: {error}");
                 }
                 Ok(Next::Done(grant))
             }
@@ -153,7 +153,7 @@ impl Chain {
         match self.stage {
             Stage::Region => self.shared.metadata.write_region_request(out),
             Stage::Provider(at) => {
-                debug_assert!(at < self.providers.len(), "nobody is asked");
+                debug_assert!(at < self.providers.len(), "no provider is asked");
                 if let Some(provider) = self.providers.get(at) {
                     provider.write_request(&self.shared, out, now, random);
                 }
@@ -207,14 +207,14 @@ fn ram_role(kms: &KmsSection, env: &Env<'_>) -> Found {
         None => env.text(ROLE_NAME)?,
     };
     if role.as_deref().is_some_and(|role| !is_role_name(role)) {
-        return Err(NotConfigured::Wrong(format!("{ROLE_NAME} is not the name of a RAM role")));
+        return Err(NotConfigured::Wrong(format!("the value of {ROLE_NAME} is not the name of a RAM role")));
     }
     Ok(Box::new(RamRole::new(role)))
 }
 
 fn instance_identity(kms: &KmsSection) -> Found {
     let (Some(aap), Some(endpoint)) = (&kms.aap_arn, kms.endpoint()) else {
-        return Err(NotConfigured::Wrong("[KMS] AuthType = \"instance_identity\": needs AapArn".to_owned()));
+        return Err(NotConfigured::Wrong("[KMS] AuthType = \"instance_identity\" needs AapArn".to_owned()));
     };
     log::warn!("{}", instance_identity::PROVISIONAL);
     Ok(Box::new(InstanceIdentity::new(aap.clone(), endpoint)))
@@ -244,7 +244,7 @@ fn default_chain(kms: &KmsSection, env: &Env<'_>) -> Result<Vec<Box<dyn Provider
             }
             Ok(provider) => providers.push(provider),
             Err(NotConfigured::Missing(why)) if providers.is_empty() => {
-                skipped.push(format!("{name}: {why}"))
+                skipped.push(format!("{name} ({why})"))
             }
             Err(NotConfigured::Missing(_)) => {}
             Err(wrong) => return Err(wrong),
@@ -252,12 +252,12 @@ fn default_chain(kms: &KmsSection, env: &Env<'_>) -> Result<Vec<Box<dyn Provider
     }
     if providers.is_empty() {
         return Err(NotConfigured::Wrong(format!(
-            "[KMS] AuthType = \"auto\" finds nobody to be: {}",
-            skipped.join("; ")
+            "[KMS] AuthType = \"auto\" finds no identity that is configured: {}. Configure one of them",
+            skipped.join(", ")
         )));
     }
     for skipped in skipped {
-        log::info!("identity: not {skipped}");
+        log::info!("identity for KMS: skipped {skipped}");
     }
     Ok(providers)
 }

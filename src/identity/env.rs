@@ -32,7 +32,8 @@ impl Env<'_> {
     /// When it is not UTF-8.
     pub(crate) fn text(&self, name: &str) -> Result<Option<String>, NotConfigured> {
         let value = (self.0)(name).map(OsString::into_string).transpose();
-        let value = value.map_err(|_| NotConfigured::Wrong(format!("{name} is not UTF-8")))?;
+        let value =
+            value.map_err(|_| NotConfigured::Wrong(format!("the value of {name} is not UTF-8 text")))?;
         Ok(value.filter(|value| !value.is_empty()))
     }
 
@@ -50,8 +51,15 @@ impl Env<'_> {
         let missing: Vec<&str> = names.iter().filter(is_missing).copied().collect();
         match missing.as_slice() {
             [] => {}
-            [name] => return Err(NotConfigured::Missing(format!("{name} is not set"))),
-            names => return Err(NotConfigured::Missing(format!("{} are not set", names.join(", ")))),
+            [name] => {
+                return Err(NotConfigured::Missing(format!("{name} is not set in the agent's environment")));
+            }
+            names => {
+                return Err(NotConfigured::Missing(format!(
+                    "{} are not set in the agent's environment",
+                    names.join(", ")
+                )));
+            }
         }
         let mut values = [const { String::new() }; N];
         for (value, name) in values.iter_mut().zip(names) {

@@ -34,7 +34,7 @@ impl Environment {
             // They go into header lines.
             if value.is_some_and(|value| !value.bytes().all(|byte| byte.is_ascii_graphic())) {
                 return Err(NotConfigured::Wrong(format!(
-                    "{name} holds white space or other characters that no key has"
+                    "{name} holds white space or other characters that an access key does not have"
                 )));
             }
         }

@@ -101,7 +101,11 @@ impl fmt::Display for IdentityError {
                 f.write_str(advice(asked, problem))
             }
             IdentityError::TokenFile(path, why) => {
-                write!(f, "OIDC token file {}: {why}; see ALIBABA_CLOUD_OIDC_TOKEN_FILE", path.display())
+                write!(
+                    f,
+                    "OIDC token file {}: {why}; correct it, or ALIBABA_CLOUD_OIDC_TOKEN_FILE, which names it",
+                    path.display()
+                )
             }
             IdentityError::Region(error) => {
                 match &**error {
@@ -112,7 +116,8 @@ impl fmt::Display for IdentityError {
                     error => write!(f, "{error}")?,
                 }
                 f.write_str(
-                    "; it is asked for the region as neither [KMS] Region nor Endpoint is set: set [KMS] Region",
+                    "; the agent asks it for the region because neither [KMS] Region nor Endpoint is set. Set [KMS] Region; \
+                     on a host that is no ECS instance, also choose another identity (see [KMS] AuthType)",
                 )
             }
             IdentityError::Everyone(errors) => {
@@ -136,10 +141,10 @@ impl fmt::Display for ServiceError {
             }
             ServiceError::NoSignedIdentity => f.write_str("it has no signed identity of this instance"),
             ServiceError::Denied { status, hardened: true } => {
-                write!(f, "it refused our request with {status} although its token is new")
+                write!(f, "it refused a request with {status}, although the session token was new")
             }
             ServiceError::Denied { status, hardened: false } => {
-                write!(f, "it gives no token and refused a request without one with {status}")
+                write!(f, "it gives no session token, and it refused a request without one with {status}")
             }
             ServiceError::HardenedOnly(why) => {
                 write!(
@@ -154,7 +159,7 @@ impl fmt::Display for ServiceError {
             ServiceError::Expired(end) => {
                 write!(
                     f,
-                    "it gave credentials that ended at {end}; if that is still to come, this host's clock is wrong"
+                    "it gave credentials that expired at {end}; if that time is not over yet, this host's clock is wrong"
                 )
             }
         }
@@ -165,28 +170,28 @@ impl fmt::Display for ServiceError {
 fn advice(asked: &CredentialSource, problem: &ServiceError) -> &'static str {
     match (asked, problem) {
         (CredentialSource::Metadata, ServiceError::Unreachable(_)) => {
-            "; on an ECS instance look for a firewall rule against it, elsewhere use another identity"
+            "; on an ECS instance, check the firewall and the routes to it; on another host, use another identity (see [KMS] AuthType)"
         }
         (_, ServiceError::NoRole(None)) => "; attach one that may call kms:GetSecretValue",
         (_, ServiceError::NoRole(Some(_))) => {
-            "; attach it, or correct [KMS] RoleName or ALIBABA_CLOUD_ECS_METADATA, whichever names it"
+            "; attach it, or correct its name in [KMS] RoleName or ALIBABA_CLOUD_ECS_METADATA"
         }
         (_, ServiceError::NoSignedIdentity) => "; instance identity needs an ECS instance",
         (_, ServiceError::Denied { .. }) => {
-            "; see the instance's metadata options (HttpEndpoint, HttpTokens)"
+            "; check the instance's metadata options (HttpEndpoint, HttpTokens)"
         }
         (CredentialSource::Metadata, ServiceError::Code(_)) => {
-            "; see that the RAM role exists and trusts ecs.aliyuncs.com"
+            "; check that the RAM role exists and trusts ecs.aliyuncs.com"
         }
         (CredentialSource::Sts, ServiceError::Unreachable(_)) => {
-            "; see ALIBABA_CLOUD_STS_REGION and ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED"
+            "; check ALIBABA_CLOUD_STS_REGION and ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED"
         }
         (CredentialSource::Sts, ServiceError::Refused { status: 400..=499, .. }) => {
-            "; see the OIDC token, ALIBABA_CLOUD_ROLE_ARN, ALIBABA_CLOUD_OIDC_PROVIDER_ARN and the role's trust policy"
+            "; check the OIDC token, ALIBABA_CLOUD_ROLE_ARN, ALIBABA_CLOUD_OIDC_PROVIDER_ARN and the role's trust policy"
         }
         (CredentialSource::AccessPoint, ServiceError::Refused { status: 400..=499, .. }) => {
-            "; see [KMS] AapArn and the access point in the KMS console. This exchange is provisional and KMS itself may not \
-             know it: a RAM role works (AuthType = \"ram_role\")"
+            "; check [KMS] AapArn and the access point in the KMS console. This exchange is provisional, and KMS may not \
+             know it; a RAM role works ([KMS] AuthType = \"ram_role\")"
         }
         _ => "",
     }

@@ -32,8 +32,8 @@ use std::rc::Rc;
 use zeroize::Zeroizing;
 
 /// Said in the log at start.
-pub(crate) const PROVISIONAL: &str =
-    "instance identity is provisional: how KMS exchanges it for credentials is not published";
+pub(crate) const PROVISIONAL: &str = "instance identity is provisional: how KMS exchanges it for credentials is not published, so KMS may \
+    refuse it";
 
 /// A longer identity is not one: a document and a chain of certificates are a few KiB.
 const IDENTITY_BYTES_MAX: usize = 32 * 1024;

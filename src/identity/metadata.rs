@@ -114,7 +114,9 @@ impl Metadata {
                 self.access = Access::Hardened { token: Secret::from(token), until };
                 Ok(None)
             }
-            status if asked_token => self.fall_back(&format!("its token request was answered {status}")),
+            status if asked_token => {
+                self.fall_back(&format!("it answered {status} to the request for a session token"))
+            }
             401 | 403 if matches!(self.access, Access::Hardened { .. }) && !self.token_replaced => {
                 // The token ran out early or was made for another instance.
                 self.token_replaced = true;

@@ -184,7 +184,7 @@ impl Identity {
         }
         if refused.expires_unix_s.is_none() {
             let name = self.chain.name();
-            self.trouble.tell(format!("KMS refuses {name}; replace it and start the agent anew"), now);
+            self.trouble.tell(format!("KMS refuses {name}; replace it and restart the agent"), now);
             return false;
         }
         if self.refused_last.is_some_and(|last| now < last.after(DEMAND_PAUSE)) {
@@ -259,13 +259,13 @@ impl Identity {
                 self.trouble = Trouble::default();
                 let (ends, at) = life.map_or((Mono::NEVER, Mono::NEVER), |life| term(life, now));
                 self.held = Some(Held { credentials, ends });
-                log::info!("credentials of {} fetched", self.chain.name());
+                log::info!("fetched credentials: {}", self.chain.name());
                 State::Resting { at }
             }
             Err(error) => {
                 self.failures = self.failures.saturating_add(1);
                 self.outcome = Some(Err(error.clone()));
-                self.trouble.tell(format!("no credentials: {error}"), now);
+                self.trouble.tell(format!("there are no credentials for KMS: {error}"), now);
                 let at = now.after(retry::backoff(self.failures, BACKOFF_CAP, &mut self.random));
                 State::Failed { error, failed: now, at }
             }

@@ -160,11 +160,11 @@ fn read_token(path: &Path) -> Result<Secret, String> {
         File::from(file).take(TOKEN_BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
         Ok(())
     };
-    read().map_err(|error| format!("cannot read it: {}", Reason(&error)))?;
+    read().map_err(|error| format!("the agent cannot read it: {}", Reason(&error)))?;
     match bytes.trim_ascii() {
         _ if bytes.len() > TOKEN_BYTES_MAX => Err("it is over 16 KiB".to_owned()),
         [] => Err("it is empty".to_owned()),
         token if token.iter().all(u8::is_ascii_graphic) => Ok(Secret::from(token)),
-        _ => Err("it holds white space or other characters that no token has".to_owned()),
+        _ => Err("it holds white space or other characters that a token does not have".to_owned()),
     }
 }

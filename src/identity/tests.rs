@@ -222,7 +222,7 @@ fn a_clock_that_is_hours_wrong_ends_no_credentials() {
     let mut rig = Rig::ram_role();
     rig.converse(&[token(), (APP, ok(flat("STS.1", -5)))]);
     let error = rig.stands().unwrap_err();
-    assert!(error.contains("ended at 2025-01-02T03:04:00Z") && error.contains("clock is wrong"), "{error}");
+    assert!(error.contains("expired at 2025-01-02T03:04:00Z") && error.contains("clock is wrong"), "{error}");
 }
 
 #[test]
@@ -284,7 +284,10 @@ fn plain_where_tokens_are_unknown() {
     let mut rig = Rig::ram_role();
     rig.converse(&[("PUT", Some(Reply::new(403, ""))), (APP, Some(Reply::new(403, "")))]);
     let error = rig.stands().unwrap_err();
-    assert!(error.contains("gives no token and refused a request without one with 403; see"), "{error}");
+    assert!(
+        error.contains("gives no session token, and it refused a request without one with 403; check"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -292,7 +295,9 @@ fn a_refused_token_is_replaced_once() {
     let mut rig = Rig::ram_role();
     rig.converse(&[token(), (APP, Some(Reply::new(401, "")))]);
     assert_eq!(rig.lines().iter().filter(|line| line.starts_with("PUT")).count(), 2);
-    assert!(rig.stands().unwrap_err().contains("refused our request with 401 although its token is new"));
+    assert!(
+        rig.stands().unwrap_err().contains("refused a request with 401, although the session token was new")
+    );
 }
 
 #[test]
@@ -316,7 +321,7 @@ fn the_metadata_services_failures_say_what_to_do() {
             named(),
             APP,
             ok(r#"{"Code":"Failed"}"#),
-            "it has no credentials: Failed; see that the RAM role exists",
+            "it has no credentials: Failed; check that the RAM role exists",
         ),
         (named(), APP, None, "connect 100.100.100.200:80: connection refused; on an ECS instance"),
     ] {
@@ -330,7 +335,7 @@ fn the_metadata_services_failures_say_what_to_do() {
     let error = rig.stands().unwrap_err();
     assert!(
         error.contains(
-            "connection refused; it is asked for the region as neither [KMS] Region nor Endpoint is set"
+            "connection refused; the agent asks it for the region because neither [KMS] Region nor Endpoint is set"
         ),
         "{error}"
     );
@@ -443,7 +448,7 @@ fn oidc_explains_what_is_wrong_and_heals() {
     let file = TokenFile::new("wrong", "");
     let mut rig = oidc(&kms(|it| it.auth_type = AuthType::Oidc), &file.0, &[]);
     rig.converse(&[]);
-    assert!(rig.stands().unwrap_err().contains("it is empty; see ALIBABA_CLOUD_OIDC_TOKEN_FILE"));
+    assert!(rig.stands().unwrap_err().contains("it is empty; correct it, or ALIBABA_CLOUD_OIDC_TOKEN_FILE"));
     std::fs::remove_file(&file.0).unwrap();
     rig.converse_at(20, &[]);
     let error = rig.stands().unwrap_err();
@@ -460,7 +465,7 @@ fn oidc_explains_what_is_wrong_and_heals() {
     rig.converse_at(90_000, &[("POST", Some(Reply::new(400, refusal)))]);
     assert_eq!(
         rig.stands().unwrap_err(),
-        "STS: it refused with 400 AuthenticationFail.OIDCToken.Expired: It is over.; see the OIDC token, \
+        "STS: it refused with 400 AuthenticationFail.OIDCToken.Expired: It is over.; check the OIDC token, \
          ALIBABA_CLOUD_ROLE_ARN, ALIBABA_CLOUD_OIDC_PROVIDER_ARN and the role's trust policy"
     );
     rig.converse_at(90_020, &[("POST", ok(nested("STS.1", 100_000)))]);
@@ -476,7 +481,8 @@ fn the_chain_goes_on_until_one_works_and_stays_with_it() {
     assert_eq!(
         rig.stands().unwrap_err(),
         "the instance's RAM role: metadata service: connect 100.100.100.200:80: connection refused; on an ECS \
-         instance look for a firewall rule against it, elsewhere use another identity; the credentials URI: \
+         instance, check the firewall and the routes to it; on another host, use another identity (see [KMS] \
+         AuthType); the credentials URI: \
          credentials URI at 127.0.0.1:99: it answered 500"
     );
     rig.converse_at(20, &[("PUT", None), ("GET /c?key=hush ", ok(flat("STS.1", 1020)))]);
@@ -550,11 +556,11 @@ fn instance_identity_explains_what_is_wrong() {
         ),
         (
             vec![identity(), ("POST", refusal("X.Y"))],
-            "it refused with 403 X.Y; see [KMS] AapArn and the access point",
+            "it refused with 403 X.Y; check [KMS] AapArn and the access point",
         ),
         (
             vec![identity(), ("POST", ok(nested("a", -1)))],
-            "application access point: it gave credentials that ended",
+            "application access point: it gave credentials that expired",
         ),
     ] {
         let mut rig = Rig::new(&by_aap(), &[]);
@@ -584,7 +590,11 @@ fn who_it_is_follows_configuration_and_environment() {
         (auto(), OIDC[..2].to_vec(), Ok("the instance's RAM role")),
         (auto(), vec![URI], Ok("the instance's RAM role")),
         (auto(), vec![no_metadata, URI], Ok("the credentials URI")),
-        (auto(), vec![no_metadata], Err("finds nobody to be: the access key in the environment: ")),
+        (
+            auto(),
+            vec![no_metadata],
+            Err("finds no identity that is configured: the access key in the environment (ALIBABA_"),
+        ),
         (
             auto(),
             vec![("ALIBABA_CLOUD_CREDENTIALS_URI", "h")],

@@ -32,7 +32,7 @@ impl CredentialsUri {
         let [uri] = env.need([URI])?;
         parse(&uri).ok_or_else(|| {
             NotConfigured::Wrong(format!(
-                "{URI} must be http://host[:port]/path or https://.., without user, fragment and white space"
+                "{URI} must be http://host[:port]/path or https://.., without a user, a fragment or white space"
             ))
         })
     }
