@@ -37,10 +37,10 @@ impl fmt::Display for TokenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             TokenError::Read(path, error) => {
-                write!(f, "token file {}: cannot read it: {}", path.display(), Reason(error))
+                write!(f, "cannot read the token file {}: {}", path.display(), Reason(error))
             }
             TokenError::Create(path, error) => {
-                write!(f, "token file {}: cannot create it: {}", path.display(), Reason(error))
+                write!(f, "cannot create the token file {}: {}", path.display(), Reason(error))
             }
             TokenError::Variable(name, what) => write!(f, "environment variable {name}: {what}"),
         }
@@ -87,21 +87,22 @@ impl Source {
             return Ok(Source::File { path: DEFAULT_FILE.into(), default: true });
         };
         let Ok(value) = value.into_string() else {
-            return Err(TokenError::Variable(name.clone(), "its value is not UTF-8"));
+            return Err(TokenError::Variable(name.clone(), "its value is not UTF-8 text"));
         };
         match value.strip_prefix("file://") {
             Some(path) if path.starts_with('/') => Ok(Source::File { path: path.into(), default: false }),
-            Some(_) => {
-                Err(TokenError::Variable(name.clone(), "file:// must be followed by an absolute path"))
-            }
-            None if value.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("file:")) => {
-                Err(TokenError::Variable(name.clone(), "a file is written file:///path, in lower case"))
-            }
+            Some(_) => Err(TokenError::Variable(
+                name.clone(),
+                "after file:// it must have an absolute path: file:///path",
+            )),
+            None if value.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("file:")) => Err(
+                TokenError::Variable(name.clone(), "to name a file it must be file:///path, in lower case"),
+            ),
             // A token that everybody can guess, and surely not what was meant.
             None if value.starts_with('/') && Path::new(value.trim_end()).exists() => {
                 Err(TokenError::Variable(
                     name.clone(),
-                    "its value is the path of a file; a file is written file:///path",
+                    "its value is the path of a file; to name a file it must be file:///path",
                 ))
             }
             None => match parse(value.as_bytes()) {
@@ -141,16 +142,16 @@ fn complaints(path: &Path, file: &Metadata, uid: u32) -> Vec<String> {
     let mut found = Vec::new();
     if mode & 0o007 != 0 {
         found.push(format!(
-            "token file {path}: mode {mode:04o} lets every user of this host in; do: chmod {FILE_MODE:o} {path}"
+            "token file {path}: its mode {mode:04o} lets every user of this host access the token; run: chmod {FILE_MODE:o} {path}"
         ));
     } else if mode & 0o020 != 0 {
         found.push(format!(
-            "token file {path}: mode {mode:04o} lets its group replace the token; do: chmod {FILE_MODE:o} {path}"
+            "token file {path}: its mode {mode:04o} lets its group replace the token; run: chmod {FILE_MODE:o} {path}"
         ));
     }
     if owner != 0 && owner != uid {
         found.push(format!(
-            "token file {path}: it belongs to user {owner}, who can replace the token; do: chown root {path}"
+            "token file {path}: it belongs to user {owner}, who can replace the token; run: chown root {path}"
         ));
     }
     found
@@ -184,7 +185,7 @@ pub fn parse(bytes: &[u8]) -> Result<Secret, &'static str> {
     if token.iter().all(|byte| matches!(byte, b' '..=b'~')) {
         Ok(Secret::from(token))
     } else {
-        Err("it holds characters that no header can carry")
+        Err("it holds characters that an HTTP header cannot carry")
     }
 }
 
@@ -233,8 +234,12 @@ pub(crate) fn rotate(path: &Path, gid: Option<u32>, random: &mut Random) -> Resu
     let failed = |error: io::Error| TokenError::Create(path.to_path_buf(), error);
     let there = std::fs::symlink_metadata(path).ok();
     let strange = match &there {
-        Some(file) if file.is_symlink() => Some("it is a symbolic link; name the file that it leads to"),
-        Some(file) if !file.is_file() => Some("something else than a regular file is there"),
+        Some(file) if file.is_symlink() => {
+            Some("it is a symbolic link; name the file that the link leads to")
+        }
+        Some(file) if !file.is_file() => {
+            Some("something other than a regular file is there, and it is not replaced")
+        }
         _ => None,
     };
     if let Some(strange) = strange {
@@ -281,13 +286,16 @@ fn write_fresh(
     let file = rustix::fs::open(&temporary, flags, Mode::from_raw_mode(UNFINISHED_MODE))?;
     let mut bytes = Zeroizing::new([0_u8; 32]);
     let placed = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), bytes.as_mut())
-        .map_err(|_| io::Error::other("the system gives no random bytes"))
+        .map_err(|_| io::Error::other("the operating system gives no random bytes"))
         .and_then(|()| {
             let token = Zeroizing::new(hex(bytes.as_ref()));
             if let Some(gid) = gid.filter(|gid| rustix::fs::fstat(&file).map(|it| it.st_gid) != Ok(*gid)) {
                 rustix::fs::fchown(&file, None, Some(Gid::from_raw(gid))).map_err(|error| {
                     let error = io::Error::from(error);
-                    io::Error::new(error.kind(), format!("its group cannot be {gid}: {}", Reason(&error)))
+                    io::Error::new(
+                        error.kind(),
+                        format!("cannot give it the group {gid}: {}", Reason(&error)),
+                    )
                 })?;
             }
             // After the group, so that no other one may read; not by open, whose mode the umask cuts.

@@ -130,8 +130,9 @@ fn get_says_why_not() {
         .fails(1, "403: the agent has another token than environment variable KMS_TOKEN");
     finish(world.command(&["get", "db"]).env("KMS_TOKEN", "")).fails(1, "the token is empty");
     finish(world.command(&["get", "db"]).env("KMS_TOKEN", "file:///nowhere/token"))
-        .fails(1, "token file /nowhere/token: cannot read it: No such file");
-    finish(command(TOKEN).args(["get", "db", "--config", "/nowhere"])).fails(2, "cannot read the configuration");
+        .fails(1, "cannot read the token file /nowhere/token: No such file");
+    finish(command(TOKEN).args(["get", "db", "--config", "/nowhere"]))
+        .fails(2, "cannot read the configuration");
     let any_port = world.agent.folder.write("any.toml", "[Server]\nHttpPort = 0\n");
     finish(command(TOKEN).args(["get", "db", "-c"]).arg(any_port)).fails(1, "HttpPort is 0");
     let _nobody = world.agent.stop_and_hold_port();
@@ -238,7 +239,7 @@ fn status_tells_the_four_states() {
     let squatter = Squatter::start("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi");
     unknown(
         finish(command(TOKEN).args(["status", "-c"]).arg(squatter.config())),
-        "something else than kms-agent",
+        "something other than kms-agent",
     );
 
     let _nobody = world.agent.stop_and_hold_port();
@@ -357,7 +358,7 @@ fn check_names_the_cause() {
                 setup
             },
             failed: &["token"],
-            says: &["kmstoken: it is not there", "kms-agent token create"],
+            says: &["kmstoken does not exist", "kms-agent token create"],
             skipped: &[],
         },
         Broken {
@@ -398,6 +399,16 @@ fn check_names_the_cause() {
             skipped: &["permission"],
         },
         Broken {
+            name: "KMS breaks off",
+            by: |emulator, setup| {
+                emulator.inject(kms_emulator::Fault::new(kms_emulator::FaultKind::DropBefore));
+                setup
+            },
+            failed: &["permission"],
+            says: &["reply of 127.0.0.1:", "[KMS] Endpoint is KMS"],
+            skipped: &[],
+        },
+        Broken {
             name: "no permission",
             by: |emulator, setup| {
                 emulator.fail_secret("db", 403, "Forbidden.NoPermission");
@@ -414,7 +425,7 @@ fn check_names_the_cause() {
                 setup
             },
             failed: &["clock"],
-            says: &["20 min behind KMS's", "chrony"],
+            says: &["20 min behind that of KMS", "chrony"],
             skipped: &[],
         },
     ];
@@ -501,7 +512,7 @@ fn check_tells_more_than_the_eight() {
     mode(0o644);
     failed(&check(&setup, &token_of(&setup), &[], &[]), "token", "every user of this host");
     mode(0o640);
-    failed(&check(&setup, "", &[], &[]), "token", "it is empty");
+    failed(&check(&setup, "", &[], &[]), "token", "the token in environment variable KMS_TOKEN is empty");
     failed(&check(&setup, "file:///dev/zero", &[], &[]), "token", "not a regular file");
 
     // What else KMS and the metadata service may say.
@@ -514,7 +525,7 @@ fn check_tells_more_than_the_eight() {
     failed(&check(&setup, &token_of(&setup), &[], &[]), "permission", "--secret ID");
     emulator.set_clock_offset(-120);
     let done = ask("db");
-    assert!(line(&done, "clock").contains("s ahead of KMS's; correct it"), "{}", done.stdout);
+    assert!(line(&done, "clock").contains("s ahead of that of KMS; correct it"), "{}", done.stdout);
     assert_eq!(done.code, Some(0));
     emulator.set_clock_offset(0);
     emulator.set_kms_mode(KmsMode::Refuse).unwrap();
@@ -529,7 +540,7 @@ fn check_tells_more_than_the_eight() {
     let address = format!("http://127.0.0.1:{}", stranger.port);
     let elsewhere = Setup::new(&emulator).text("KMS", "MetadataEndpoint", &address);
     let done = check(&elsewhere, &token_of(&elsewhere), &[], &[]);
-    failed(&done, "metadata", "answers 404 to everything: is this an ECS instance?");
+    failed(&done, "metadata", "answers 404 to everything, so it is no metadata service");
 
     // An access key that nobody renews.
     let mut gone = world.command(&["check"]);
@@ -566,24 +577,24 @@ fn token_create_and_rotate() {
     let folder = Folder::new();
     let path = folder.join("kmstoken");
     let variable = format!("file://{}", path.display());
-    let told = |what: &str| format!("{}: {what}\n", path.display());
+    let told = |what: &str| format!("{what} {}\n", path.display());
 
-    token(&["create"], &variable).prints(&told("a fresh token"));
+    token(&["create"], &variable).prints(&told("wrote a new token to"));
     let first = fs::read_to_string(&path).unwrap();
     assert!(first.len() == 64 && first.bytes().all(|byte| byte.is_ascii_hexdigit()), "{first}");
     assert_eq!(mode_and_group(&path).0, 0o640);
-    token(&["create"], &variable).prints(&told("has a valid token, left as it is"));
+    token(&["create"], &variable).prints(&told("kept the valid token in"));
     assert_eq!(fs::read_to_string(&path).unwrap(), first);
-    token(&["rotate"], &variable).prints(&told("a fresh token"));
+    token(&["rotate"], &variable).prints(&told("wrote a new token to"));
     assert_ne!(fs::read_to_string(&path).unwrap(), first);
     fs::write(&path, " \n").unwrap();
-    token(&["create"], &variable).prints(&told("a fresh token"));
+    token(&["create"], &variable).prints(&told("wrote a new token to"));
     assert_eq!(fs::read_to_string(&path).unwrap().len(), 64);
 
     // A file that is there is left alone, and told of.
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     let done = token(&["create"], &variable);
-    done.prints(&told("has a valid token, left as it is"));
+    done.prints(&told("kept the valid token in"));
     assert!(
         done.stderr.contains("warning") && done.stderr.contains("0644 lets every user"),
         "{}",
@@ -593,12 +604,14 @@ fn token_create_and_rotate() {
 
     let other = folder.join("other");
     let other_name = other.display().to_string();
-    token(&["create", "--file", &other_name], "not-a-file").prints(&format!("{other_name}: a fresh token\n"));
+    token(&["create", "--file", &other_name], "not-a-file")
+        .prints(&format!("wrote a new token to {other_name}\n"));
     token(&["create"], "not-a-file").fails(2, "KMS_TOKEN holds the token itself");
-    token(&["create", "--file", "/nowhere/token"], "").fails(1, "cannot create it: No such file");
+    token(&["create", "--file", "/nowhere/token"], "")
+        .fails(1, "cannot create the token file /nowhere/token: No such file");
     token(&["create", "--file", &other_name, "--group", "no-such-group"], "")
         .fails(1, "no group no-such-group");
-    token(&["create", "--file", "/dev/null"], "").fails(1, "something else than a regular file");
+    token(&["create", "--file", "/dev/null"], "").fails(1, "something other than a regular file");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary file is left");
 }
 
@@ -642,7 +655,7 @@ fn an_agent_that_is_busy_is_running() {
     let world = World::new(Setup::new(&emulator).key("Server", "MaxConn", 1));
     world.run(&["get", "db"]).prints(DB);
     emulator.set_kms_mode(KmsMode::StallReply).unwrap();
-    let busy = "Running\n  connections  all busy; see [Server] MaxConn\n";
+    let busy = "Running\n  connections  all of [Server] MaxConn are busy\n";
     // Each waits for seconds, so this ends soon.
     let mut waiting = world.agent.connect();
     waiting.send(world.agent.head(&secret_target("never-answered")));
@@ -650,7 +663,7 @@ fn an_agent_that_is_busy_is_running() {
     let done = world.run(&["check"]);
     assert!(
         done.stdout.contains(" by an agent: kms-agent")
-            && done.stdout.contains("all of [Server] MaxConn are busy"),
+            && done.stdout.contains("all its connections ([Server] MaxConn) are busy"),
         "{}",
         done.stdout
     );
@@ -717,7 +730,7 @@ fn a_rotated_token_is_taken_up_and_a_lax_file_told_of() {
     let setup = Setup::new(&emulator);
     fs::set_permissions(setup.folder.join("kmstoken"), fs::Permissions::from_mode(0o666)).unwrap();
     let world = World::new(setup);
-    world.agent.wait_for_log("mode 0666 lets every user of this host in");
+    world.agent.wait_for_log("mode 0666 lets every user of this host access the token");
     world.run(&["get", "db"]).prints(DB);
     let file = world.token_file().display().to_string();
     assert_eq!(token(&["rotate", "--file", &file], "").code, Some(0));

@@ -60,7 +60,7 @@ pub(super) fn set_string(
     parser: &mut lexopt::Parser,
 ) -> Result<(), Stop> {
     let value = parser.value()?;
-    set(slot, name, value.into_string().map_err(|value| format!("{name} {value:?}: not UTF-8"))?)
+    set(slot, name, value.into_string().map_err(|value| format!("{name} {value:?} is not UTF-8 text"))?)
 }
 
 pub(super) fn set<T>(slot: &mut Option<T>, name: &str, value: T) -> Result<(), Stop> {

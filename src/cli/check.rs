@@ -23,29 +23,30 @@ kms-agent check - find out what keeps the agent from working
 
 Usage: kms-agent check [--secret ID] [--config FILE]
 
-Goes through what the agent needs, one line a step: 'ok', 'FAILED' with what came back and what to
-do, or 'skipped' where an earlier failure leaves nothing to try. The first FAILED is the cause to
-look at first.
+This command goes through what the agent needs and prints one line a step: 'ok', 'FAILED' with the
+cause and what to do, or 'skipped' where an earlier failure leaves nothing to try. The first FAILED
+is the cause to look at first.
 
-  configuration   the file is there and has no problems
-  port            it is free, or this agent's own; else who holds it
-  token           it is there, readable, not empty, and nobody else can read or replace it
+  configuration   the file can be read and has no problems
+  port            the port is free, or this agent listens on it
+  token           there is a token, and other users can neither read nor replace it
   metadata        the instance metadata service answers
-  credentials     there are some to call KMS with
-  DNS, TCP, TLS   the way to KMS
-  clock           this host's and that of KMS agree (KMS refuses more than 15 minutes)
-  permission      KMS accepts the credentials and lets them call kms:GetSecretValue
+  credentials     the agent can get credentials for KMS
+  DNS, TCP, TLS   the connection to KMS works
+  clock           the clocks of this host and of KMS agree (KMS refuses more than 15 minutes)
+  permission      KMS accepts the credentials and allows kms:GetSecretValue
 
-It asks KMS itself, whatever a running agent has cached. Run it as the agent's user and with the
-agent's environment: what it finds holds for these.
+It asks KMS itself, whatever a running agent has cached. Its result holds for the user and the
+environment that it runs with, so run it as the agent's user and with the agent's environment.
 
 Options:
-      --secret ID      look whether this secret may be read. Without it KMS is asked for a name
-                       that does not exist: that tells nothing of policies for single secrets
+      --secret ID      check that the current version of this secret may be read. Without this
+                       option KMS is asked for a name that does not exist, which says nothing
+                       about policies for single secrets
   -c, --config FILE    the agent's configuration; see 'kms-agent run --help'
-  -h, --help           print this
+  -h, --help           print this help
 
-Exit codes: 0 all is well, 1 something failed, 2 wrong usage or configuration
+Exit codes: 0 no step failed, 1 a step failed, 2 wrong usage or configuration
 ";
 
 /// What to look at.
@@ -81,7 +82,9 @@ pub(super) fn main(options: Options) -> u8 {
     };
     match &loaded.file {
         Some(file) => report.ok("configuration", file.display()),
-        None => report.ok("configuration", "built-in defaults, no file was given or found"),
+        None => {
+            report.ok("configuration", "the built-in defaults are used, because no file was given or found")
+        }
     }
     let running = port(&loaded.config, &mut report);
     token(&loaded.config, running, &mut report);
@@ -104,7 +107,7 @@ fn port(config: &Config, report: &mut Report) -> Running {
     let ping = match local::ping(port) {
         Ok(reply) => reply,
         Err(LocalError::UnknownPort) => {
-            report.ok(STEP, "[Server] HttpPort is 0: any free one");
+            report.ok(STEP, "[Server] HttpPort is 0, so the agent takes any free port");
             return Running::No;
         }
         Err(LocalError::Refused { .. }) => {
@@ -113,8 +116,8 @@ fn port(config: &Config, report: &mut Report) -> Running {
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => report.failed(
                     STEP,
                     format_args!(
-                        "{port}: ports below 1024 are root's. Set another [Server] HttpPort, or give the agent \
-                         CAP_NET_BIND_SERVICE"
+                        "this user may not listen on port {port}: ports below 1024 need root. Set another [Server] \
+                         HttpPort, or give the agent CAP_NET_BIND_SERVICE"
                     ),
                 ),
                 Err(error) => report.failed(
@@ -150,7 +153,7 @@ fn port(config: &Config, report: &mut Report) -> Running {
             report.ok(
                 STEP,
                 format_args!(
-                    "127.0.0.1:{port} is held by an agent: {holder}; all of [Server] MaxConn are busy"
+                    "127.0.0.1:{port} is held by an agent: {holder}; all its connections ([Server] MaxConn) are busy"
                 ),
             );
             Running::Yes
@@ -202,17 +205,21 @@ fn token(config: &Config, running: Running, report: &mut Report) {
             let path = path.display();
             let what = match error.kind() {
                 io::ErrorKind::NotFound if by_default => format!(
-                    "token file {path}: it is not there. The agent makes it when it starts; so does: kms-agent token \
+                    "the token file {path} does not exist. Start the agent, which creates it, or run: kms-agent token \
                      create"
                 ),
                 io::ErrorKind::NotFound => {
-                    format!("token file {path}: it is not there. Do: kms-agent token create --file {path}")
+                    format!("the token file {path} does not exist. Run: kms-agent token create --file {path}")
                 }
                 io::ErrorKind::PermissionDenied => format!(
-                    "token file {path}: permission denied. Run this as root, or join the file's group: ls -l {path}"
+                    "this user may not read the token file {path}. Run this command as root, or as a user in the \
+                     file's group (see: ls -l {path})"
                 ),
                 _ => {
-                    format!("token file {path}: {}. Do: kms-agent token rotate --file {path}", Reason(&error))
+                    format!(
+                        "cannot use the token file {path}: {}. Run: kms-agent token rotate --file {path}",
+                        Reason(&error)
+                    )
                 }
             };
             return report.failed(STEP, what);
@@ -221,12 +228,12 @@ fn token(config: &Config, running: Running, report: &mut Report) {
     };
     if token.is_empty() {
         let advice = match &source {
-            Source::File { path, .. } => format!("Do: kms-agent token create --file {}", path.display()),
-            Source::Value { variable, .. } => format!("Put one into {variable}, or unset it"),
+            Source::File { path, .. } => format!("Run: kms-agent token create --file {}", path.display()),
+            Source::Value { variable, .. } => format!("Set {variable} to a token, or unset it"),
         };
         return report.failed(
             STEP,
-            format_args!("{source}: it is empty, and an empty token lets nobody in. {advice}"),
+            format_args!("the token in {source} is empty, and the agent refuses every request until it has a token. {advice}"),
         );
     }
     let complaints = source.complaints();
@@ -237,8 +244,8 @@ fn token(config: &Config, running: Running, report: &mut Report) {
         Running::RefusesToken => report.failed(
             STEP,
             format_args!(
-                "{source}: the running agent has another token. Give this command the agent's variables ({}), or \
-                 restart the agent",
+                "the running agent has another token than {source}. Run this command with the agent's variables \
+                 ({}), or restart the agent",
                 config.server.ssrf_env_variables.join(", ")
             ),
         ),

@@ -48,7 +48,9 @@ impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Holder::Process { pid, name } => write!(f, "{name} (pid {pid})"),
-            Holder::Somebody { uid } => write!(f, "a program of user {uid} (root sees which)"),
+            Holder::Somebody { uid } => {
+                write!(f, "a program of user {uid} (run this as root to see which one)")
+            }
             Holder::Unknown => f.write_str("another program"),
         }
     }

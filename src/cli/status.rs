@@ -27,20 +27,21 @@ const UNITS: [&str; 4] = [
 const TEXT_BYTES_MAX: usize = 512;
 
 pub(super) const HELP: &str = "\
-kms-agent status - tell whether the agent is running
+kms-agent status - say whether the agent is running
 
 Usage: kms-agent status [--config FILE]
 
-Asks the port of the configuration with the agent's token. The first line is one of
+This command asks the port of the configuration, and shows the agent's token. The first line that
+it prints is one of
 
-  Running          and what the agent says of itself
-  Not running      nobody listens on the port
-  Not installed    the same, and there is neither a configuration nor a systemd unit
-  Unknown          something else answers, or the agent refuses the token
+  Running          the agent answers; more lines say how it is
+  Not running      no program listens on the port
+  Not installed    as Not running, and there is neither a configuration nor a systemd unit
+  Unknown          another program answers, none answers in time, or the agent refuses the token
 
 Options:
   -c, --config FILE    the agent's configuration; see 'kms-agent run --help'
-  -h, --help           print this
+  -h, --help           print this help
 
 Exit codes: 0 Running, 3 Not running, 4 Unknown, 5 Not installed, 2 wrong usage or configuration
 ";
@@ -69,11 +70,11 @@ fn find(loaded: &Loaded) -> (u8, String) {
         Err(error) => return unknown(&error.to_string()),
     };
     if !is_healthy(&ping) {
-        return unknown("something else than kms-agent answers on the port; 'kms-agent check' tells what");
+        return unknown("something other than kms-agent answers on the port; 'kms-agent check' says what");
     }
     let agent = match AgentClient::of(&loaded.config) {
         Ok(agent) => agent,
-        Err(why) => return unknown(&format!("an agent answers, and cannot be asked: {why}")),
+        Err(why) => return unknown(&format!("an agent answers, but this command cannot ask it: {why}")),
     };
     match agent.status() {
         Ok(reply) if reply.status == 200 => match serde_json::from_slice(&reply.body) {
@@ -81,7 +82,7 @@ fn find(loaded: &Loaded) -> (u8, String) {
             Err(_) => unknown("what answers on the port is not kms-agent"),
         },
         Ok(reply) if local::is_busy(&reply) => {
-            (terminal::OK, "Running\n  connections  all busy; see [Server] MaxConn\n".to_owned())
+            (terminal::OK, "Running\n  connections  all of [Server] MaxConn are busy\n".to_owned())
         }
         // An agent from before there was a /status: it took the token, so it is one.
         Ok(reply) if reply.status == 404 => (terminal::OK, "Running\n".to_owned()),

@@ -17,19 +17,20 @@ kms-agent token - make or replace the token file
 Usage: kms-agent token create [--file F] [--group G] [--config FILE]
        kms-agent token rotate [--file F] [--group G] [--config FILE]
 
-create leaves a file with a valid token alone, and else writes a fresh one: 256 random bits in
-hex, mode 0640. rotate writes a fresh one in any case; a running agent takes it up within a second,
-and the old one stops working. At no instant can others read the file or see half of it.
+create leaves a file with a valid token alone. Otherwise it writes a new token: 256 random bits in
+hex, mode 0640. rotate writes a new token in any case; within a second a running agent uses it, and
+the old token stops working. At no moment can others read the file or see half of it.
 
 Options:
-      --file F         the file; else the one that KMS_TOKEN=file:///path (or another variable
-                       of [Server] SSRFEnvVariables) names, else /var/run/kmstoken
-      --group G        its group, by name or number: the users who may read the token (else that
-                       of the file that is replaced, or of this process)
+      --file F         the file. Without this option it is the one that KMS_TOKEN=file:///path
+                       (or another variable of [Server] SSRFEnvVariables) names, or
+                       /var/run/kmstoken if none of these variables is set
+      --group G        the file's group, by name or number; its users may read the token. Without
+                       this option it is that of the file that is replaced, or of this process
   -c, --config FILE    the agent's configuration, for SSRFEnvVariables; see 'kms-agent run --help'
-  -h, --help           print this
+  -h, --help           print this help
 
-Exit codes: 0 there is a token, 1 failed, 2 wrong usage or configuration
+Exit codes: 0 there is a token, 1 the command failed, 2 wrong usage or configuration
 ";
 
 /// What to do, and with which file.
@@ -53,12 +54,12 @@ pub(super) fn parse(parser: &mut lexopt::Parser, mut config: Option<PathBuf>) ->
             Value(action) if rotate.is_none() => match action.to_str() {
                 Some("create") => rotate = Some(false),
                 Some("rotate") => rotate = Some(true),
-                _ => return Err(format!("{action:?}: must be create or rotate").into()),
+                _ => return Err(format!("unknown action {action:?}: it must be create or rotate").into()),
             },
             other => return Err(other.unexpected().into()),
         }
     }
-    let rotate = rotate.ok_or("say what to do: create or rotate")?;
+    let rotate = rotate.ok_or("an action is missing: create or rotate")?;
     Ok(Options { config, rotate, file, group })
 }
 
@@ -91,7 +92,7 @@ fn default_file(config: Option<PathBuf>) -> Result<PathBuf, u8> {
         Ok(Source::File { path, .. }) => Ok(path),
         Ok(Source::Value { variable, .. }) => {
             complain(&format_args!(
-                "environment variable {variable} holds the token itself, so there is no file; give one with --file"
+                "environment variable {variable} holds the token itself, so there is no file; name one with --file"
             ));
             Err(USAGE)
         }
@@ -108,17 +109,17 @@ fn write(path: &Path, options: &Options) -> Result<String, String> {
     let path_shown = path.display();
     if options.rotate {
         token::rotate(path, gid, &mut random).map_err(text)?;
-        return Ok(format!("{path_shown}: a fresh token\n"));
+        return Ok(format!("wrote a new token to {path_shown}\n"));
     }
     match token::create(path, gid, &mut random).map_err(text)? {
-        Created::Fresh => Ok(format!("{path_shown}: a fresh token\n")),
+        Created::Fresh => Ok(format!("wrote a new token to {path_shown}\n")),
         Created::Kept { gid: group } => {
             if let (Some(wanted), Some(name)) = (gid.filter(|wanted| *wanted != group), &options.group) {
                 complain(&format_args!(
-                    "warning: token file {path_shown}: its group is {group}, not {name} ({wanted}); do: chgrp {name} {path_shown}"
+                    "warning: the group of the token file {path_shown} is {group}, not {name} ({wanted}); run: chgrp {name} {path_shown}"
                 ));
             }
-            Ok(format!("{path_shown}: has a valid token, left as it is\n"))
+            Ok(format!("kept the valid token in {path_shown}\n"))
         }
     }
 }
@@ -126,13 +127,14 @@ fn write(path: &Path, options: &Options) -> Result<String, String> {
 fn group_id(group: &str) -> Result<u32, String> {
     match group.parse() {
         // The kernel takes the highest number for "leave it as it is".
-        Ok(u32::MAX) => return Err(format!("--group {group}: no group has this number")),
+        Ok(u32::MAX) => return Err(format!("--group {group}: this number cannot be a group's")),
         Ok(gid) => return Ok(gid),
         Err(_) => {}
     }
-    let groups = fs::read_to_string(GROUPS).map_err(|error| format!("{GROUPS}: {}", Reason(&error)))?;
+    let groups =
+        fs::read_to_string(GROUPS).map_err(|error| format!("cannot read {GROUPS}: {}", Reason(&error)))?;
     find_group(&groups, group).ok_or_else(|| {
-        format!("there is no group {group} in {GROUPS}; do: groupadd {group}, or give the number of one from elsewhere")
+        format!("there is no group {group} in {GROUPS}; run: groupadd {group}, or give the number of a group")
     })
 }
 

@@ -116,7 +116,7 @@ fn one_of(argument: u8, values: &[i64]) -> Result<Vec<SeccompRule>, BackendError
 
 /// Gives how many system calls are allowed, or why no filter is in force.
 pub(super) fn restrict() -> Result<usize, String> {
-    try_restrict().map_err(|error| format!("seccomp: {error}; system calls are not restricted"))
+    try_restrict().map_err(|error| format!("seccomp failed ({error}), so system calls are not restricted"))
 }
 
 fn try_restrict() -> Result<usize, seccompiler::Error> {

@@ -66,7 +66,7 @@ impl Files {
 pub(super) fn restrict(files: &Files) -> Result<String, String> {
     match try_restrict(files) {
         Ok(RestrictionStatus { ruleset: RulesetStatus::NotEnforced, landlock, .. }) => {
-            Err(format!("this kernel has no Landlock ({landlock:?}): files are not restricted"))
+            Err(format!("this kernel has no Landlock ({landlock:?}), so access to files is not restricted"))
         }
         Ok(RestrictionStatus { ruleset, landlock, .. }) => Ok(match (ruleset, landlock) {
             (RulesetStatus::PartiallyEnforced, LandlockStatus::Available { effective_abi, .. }) => {
@@ -74,7 +74,7 @@ pub(super) fn restrict(files: &Files) -> Result<String, String> {
             }
             _ => "Landlock".to_owned(),
         }),
-        Err(error) => Err(format!("Landlock: {error}")),
+        Err(error) => Err(format!("Landlock failed ({error}), so access to files is not restricted")),
     }
 }
 

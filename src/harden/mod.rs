@@ -105,8 +105,8 @@ fn may_lock_memory() -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "memory is not locked, it may be swapped to disk: locked memory is limited to {} KiB; set \
-         LimitMEMLOCK=infinity (ulimit -l unlimited)",
+        "memory is not locked and may be swapped to disk, because locked memory is limited to {} KiB; set \
+         LimitMEMLOCK=infinity in the unit (or run: ulimit -l unlimited)",
         limit / 1024
     ))
 }

@@ -1,7 +1,7 @@
 //! The steps of a check from this host to KMS.
 
 use super::report::Report;
-use crate::call::{CallError, Service};
+use crate::call::{CallError, CallErrorKind, Service};
 use crate::cli::probe::{ProbeResult, Prober};
 use crate::cli::{run, status};
 use crate::config::{Config, ENDPOINT_PORT, HostPort};
@@ -39,11 +39,12 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
         for step in ["DNS", "TCP", "TLS"] {
             report.skipped(
                 step,
-                "where KMS is, is not known: neither [KMS] Endpoint nor Region is set, nor learned: set [KMS] Region",
+                "the address of KMS is not known: neither [KMS] Endpoint nor Region is set, and the metadata service did not \
+                 name the region. Set [KMS] Region",
             );
         }
         report_clock(metadata_clock.flatten(), "the metadata service", report);
-        return report.skipped("permission", "needs the way to KMS");
+        return report.skipped("permission", "this step needs a connection to KMS");
     };
     let made_up = format!("kms-agent-check-{:016x}", random.next_u64());
     let query = TestQuery { endpoint: &endpoint, id: secret.unwrap_or(&made_up), made_up: secret.is_none() };
@@ -54,10 +55,15 @@ pub(super) fn check(config: &Config, secret: Option<&str>, report: &mut Report) 
         Some(_) => report_clock(kms_clock, "KMS", report),
         None => report_clock(metadata_clock.flatten(), "the metadata service", report),
     }
+    if let (Err(error), true) = (&outcome.result, outcome.secured) {
+        return report.failed("permission", format_args!("{error}. {}", no_reply_advice(error)));
+    }
     let Ok(credentials) = &fetched.credentials else {
-        return report.skipped("permission", "needs credentials");
+        return report.skipped("permission", "this step needs credentials");
     };
-    let Ok(response) = outcome.result else { return report.skipped("permission", "needs the way to KMS") };
+    let Ok(response) = outcome.result else {
+        return report.skipped("permission", "this step needs a connection to KMS");
+    };
     let mut reply = reply::parse(query.id, response, prober.now().unix_s);
     if let Reply::ClockSkew { server_unix_s: Some(unix_s), .. } = reply {
         // As the agent does it: once more, by KMS's own clock.
@@ -101,7 +107,7 @@ fn fetch_credentials(prober: &Prober, config: &Config, random: &mut Random) -> F
         Err(error) => {
             let none =
                 NoCredentials { why: error.to_string(), needs_metadata: false, metadata_failed: false };
-            return Fetched { credentials: Err(none), name: "nobody", region: None, clock_offset_s: 0 };
+            return Fetched { credentials: Err(none), name: "no identity", region: None, clock_offset_s: 0 };
         }
     };
     let credentials = loop {
@@ -173,11 +179,14 @@ fn report_metadata(
     let origin = &config.kms.metadata_endpoint;
     let what = match answer {
         Ok(reply) if reply.status == 200 => {
-            return report.ok(STEP, format_args!("{origin} gives session tokens"));
+            return report.ok(STEP, format_args!("{origin} answers and gives session tokens"));
         }
-        Ok(_) if is_no_ecs => format!("{origin} answers 404 to everything: is this an ECS instance?"),
+        Ok(_) if is_no_ecs => format!("{origin} answers 404 to everything, so it is no metadata service"),
         Ok(reply) if reply.status < 500 => {
-            return report.ok(STEP, format_args!("{origin} answers (session tokens: {})", reply.status));
+            return report.ok(
+                STEP,
+                format_args!("{origin} answers ({} to a request for a session token)", reply.status),
+            );
         }
         Ok(reply) => format!("{origin} answers {}", reply.status),
         Err(error) => error.to_string(),
@@ -187,19 +196,21 @@ fn report_metadata(
         .as_ref()
         .is_err_and(|none| none.needs_metadata || is_no_ecs && none.metadata_failed);
     if !is_needed && endpoint(config, fetched).is_some() {
-        return report.ok(STEP, format_args!("not needed with this configuration ({what})"));
+        return report.ok(STEP, format_args!("this configuration does not need it ({what})"));
     }
     if is_no_ecs {
         return report.failed(
             STEP,
-            format_args!("{what} If so, look at [KMS] MetadataEndpoint; elsewhere use another identity"),
+            format_args!("{what}. On an ECS instance, correct [KMS] MetadataEndpoint; on another host, use another identity (see \
+                 [KMS] AuthType)"),
         );
     }
     report.failed(
         STEP,
         format_args!(
-            "{what}. It exists on ECS instances only: let this host's firewall and routes pass it, and look at the \
-             instance's metadata access in the console"
+            "{what}. The metadata service exists on ECS instances only. On such an instance, check the firewall and \
+             the routes to it, and the instance's metadata access in the ECS console; on another host, set [KMS] \
+             Region and use another identity (see [KMS] AuthType)"
         ),
     );
 }
@@ -216,12 +227,15 @@ fn report_credentials(
             Some(end) => {
                 let left_s = end.saturating_sub(prober.now().unix_s).saturating_sub(fetched.clock_offset_s);
                 let left = status::duration(u64::try_from(left_s).unwrap_or(0));
-                report.ok(STEP, format_args!("there, for another {left}: {}", fetched.name));
+                report.ok(
+                    STEP,
+                    format_args!("{} gave credentials that are valid for another {left}", fetched.name),
+                );
             }
-            None => report.ok(STEP, format_args!("there, without an end: {}", fetched.name)),
+            None => report.ok(STEP, format_args!("{} does not expire", fetched.name)),
         },
         Err(none) if none.needs_metadata && metadata.is_err() => {
-            report.skipped(STEP, "need the metadata service");
+            report.skipped(STEP, "this step needs the metadata service");
         }
         Err(none) => report.failed(STEP, &none.why),
     }
@@ -242,13 +256,17 @@ fn report_way(
 ) {
     let why = outcome.result.as_ref().err().map(ToString::to_string).unwrap_or_default();
     if outcome.addresses.is_empty() {
-        report
-            .failed("DNS", format_args!("{why}. Look at [KMS] Endpoint and Region, and at /etc/resolv.conf"));
-        report.skipped("TCP", "needs an address");
+        report.failed(
+            "DNS",
+            format_args!("{why}. Check [KMS] Endpoint and Region, and the name servers in /etc/resolv.conf"),
+        );
+        report.skipped("TCP", "this step needs an address");
     } else {
         let addresses: Vec<String> = outcome.addresses.iter().map(|it| it.ip().to_string()).collect();
         match addresses.join(", ") {
-            itself if itself == endpoint.host => report.ok("DNS", format_args!("{itself} is an address")),
+            itself if itself == endpoint.host => {
+                report.ok("DNS", format_args!("{itself} is an address already"))
+            }
             addresses => report.ok("DNS", format_args!("{}: {addresses}", endpoint.host)),
         }
         match outcome.connected {
@@ -256,8 +274,8 @@ fn report_way(
             None => report.failed(
                 "TCP",
                 format_args!(
-                    "{why}. Open TCP port {} to it (security group, routes, firewall); a kms-vpc endpoint is reached \
-                     from its own region's VPCs only",
+                    "{why}. Open TCP port {} to it (security group, routes, firewall); a kms-vpc endpoint can be reached \
+                     only from VPCs of its own region",
                     endpoint.port
                 ),
             ),
@@ -265,47 +283,59 @@ fn report_way(
     }
     match (ca_problem, outcome.connected) {
         (Some(problem), _) => {
-            report.failed("TLS", format_args!("{problem}. The agent does not start like this"))
+            report.failed("TLS", format_args!("{problem}. The agent does not start until this is corrected"))
         }
-        (None, None) => report.skipped("TLS", "needs a connection"),
-        (None, Some(_)) if outcome.secured => match &outcome.result {
-            Err(error) => {
-                report.failed("TLS", format_args!("{error}. Is this KMS, or is something between?"))
-            }
-            Ok(_) => report.ok("TLS", "the certificate verifies"),
-        },
+        (None, None) => report.skipped("TLS", "this step needs a TCP connection"),
+        (None, Some(_)) if outcome.secured => report.ok("TLS", "the certificate verifies"),
         (None, Some(_)) => {
             let advice = match &config.kms.ca_file {
                 Some(file) => format!(
-                    "Is [KMS] CaFile {} the CA of this very endpoint? An instance's CA is in the KMS console. A proxy that opens \
-                     TLS has its own; a wrong clock makes certificates invalid, too",
+                    "Check that [KMS] CaFile {} has the CA of this endpoint (the KMS console has an instance's CA). A proxy that \
+                     intercepts TLS, or a wrong clock of this host, can also be the cause",
                     file.display()
                 ),
-                None => "A proxy that opens TLS, or a wrong clock, can be the cause, too".to_owned(),
+                None => {
+                    "A proxy that intercepts TLS, or a wrong clock of this host, can be the cause".to_owned()
+                }
             };
             report.failed("TLS", format_args!("{why}. {advice}"));
         }
     }
 }
 
+/// What to check where something else than KMS may have answered.
+const NOT_KMS: &str = "Check that [KMS] Endpoint is KMS, and that no proxy or gateway answers in its place";
+
+/// What to do where the connection to KMS works and brings no usable reply.
+const fn no_reply_advice(error: &CallError) -> &'static str {
+    match error.kind {
+        CallErrorKind::Timeout => "The connection works, but KMS is slow or overloaded. Try again later",
+        CallErrorKind::Unreachable | CallErrorKind::InvalidResponse => NOT_KMS,
+    }
+}
+
 fn report_clock(ahead_s: Option<i64>, of: &str, report: &mut Report) {
     const STEP: &str = "clock";
-    let Some(ahead_s) = ahead_s else { return report.skipped(STEP, "nobody told a time to compare with") };
+    let Some(ahead_s) = ahead_s else {
+        return report.skipped(STEP, "this step needs a reply with a date, and no service gave one");
+    };
     let off = ahead_s.unsigned_abs();
     let side = if ahead_s < 0 { "behind" } else { "ahead of" };
     if off > SKEW_MAX_S {
         report.failed(
             STEP,
             format_args!(
-                "this host's clock is {} min {side} {of}'s, and KMS refuses more than 15. Switch on chrony: \
+                "this host's clock is {} min {side} that of {of}, and KMS refuses more than 15 min. Switch on chrony: \
                  systemctl enable --now chronyd",
                 off / 60
             ),
         );
     } else if off > SKEW_NOTED_S {
-        report.ok(STEP, format_args!("{off} s {side} {of}'s; correct it before it is more than 15 min"));
+        report.ok(STEP, format_args!(
+                "this host's clock is {off} s {side} that of {of}; correct it, since KMS refuses more than 15 min"
+            ));
     } else {
-        report.ok(STEP, format_args!("agrees with {of}'s to {off} s"));
+        report.ok(STEP, format_args!("this host's clock agrees with that of {of} to {off} s"));
     }
 }
 
@@ -349,36 +379,36 @@ impl TestQuery<'_> {
             Reply::Value(_) => report.ok(STEP, format_args!("kms:GetSecretValue of {id} is allowed")),
             Reply::Refused(error) if error.code == "Forbidden.ResourceNotFound" && self.made_up => report.ok(
                 STEP,
-                "KMS accepts the credentials and says that a made-up secret does not exist; --secret ID looks at one",
+                "KMS accepts the credentials. It was asked for a name that does not exist; --secret ID checks a certain secret",
             ),
             Reply::Refused(error) => report.failed(STEP, format_args!("{error}. {}", self.advice(&error))),
             Reply::CredentialsRefused(error) => {
                 // Nobody renews these.
                 let advice = if name == environment::NAME {
-                    "; replace the access key in the environment and start the agent anew"
+                    "; replace the access key in the environment and restart the agent"
                 } else {
                     ""
                 };
                 report.failed(
                     STEP,
                     format_args!(
-                        "KMS does not know these credentials: {error}. They have ended or were revoked{advice}"
+                        "KMS does not know these credentials: {error}. They have expired or were revoked{advice}"
                     ),
                 );
             }
             Reply::SignatureRefused(error) => report.failed(
                 STEP,
-                format_args!("KMS does not accept the signature: {error}. Is the access key's secret the right one?"),
+                format_args!("KMS does not accept the signature: {error}. Check the secret of the access key"),
             ),
             Reply::ClockSkew { error, .. } => {
                 report.failed(STEP, format_args!("{error}. Correct this host's clock"));
             }
             Reply::Throttled { error, .. } => report.failed(
                 STEP,
-                format_args!("{error}. The account's calls a second are used up: a larger [Cache] TTLSeconds helps"),
+                format_args!("{error}. The account's limit of calls a second is reached. A larger [Cache] TTLSeconds makes fewer calls"),
             ),
-            Reply::Transient { error, .. } => report.failed(STEP, format_args!("{error}. KMS fails: try again later")),
-            Reply::Invalid(what) => report.failed(STEP, format_args!("{what}. Is this KMS, or is something between?")),
+            Reply::Transient { error, .. } => report.failed(STEP, format_args!("{error}. KMS is failing. Try again later")),
+            Reply::Invalid(what) => report.failed(STEP, format_args!("{what}. {NOT_KMS}")),
         }
     }
 
@@ -386,17 +416,17 @@ impl TestQuery<'_> {
         let id = self.id;
         match error.code.as_str() {
             "Forbidden.NoPermission" if self.made_up => "Grant the agent's role kms:GetSecretValue (and kms:Decrypt for \
-                the secret's key). If its policy names single secrets, this is to be expected: look at one with \
-                --secret ID"
+                the secret's key). If its policy names single secrets, this is to be expected: check one of them \
+                with --secret ID"
                 .to_owned(),
             "Forbidden.NoPermission" => format!(
                 "Grant the agent's role kms:GetSecretValue on {id}, and kms:Decrypt for the key that it is encrypted with"
             ),
             "Forbidden.ResourceNotFound" => {
-                format!("There is no secret {id} in this region: compare its name, and [KMS] Region and Endpoint")
+                format!("There is no secret {id} in this region: check its name, and [KMS] Region and Endpoint")
             }
-            "Forbidden.KeyNotFound" => "The key that the secret is encrypted with is gone".to_owned(),
-            _ => "KMS refuses this secret; the console shows its state".to_owned(),
+            "Forbidden.KeyNotFound" => "The key that the secret is encrypted with does not exist any more".to_owned(),
+            _ => "KMS refuses this secret; the KMS console shows its state".to_owned(),
         }
     }
 }
