@@ -161,5 +161,5 @@ fn check_denial(denial: &Denial) {
         (400, "InvalidParameter"),
     ];
     assert!(known.contains(&(denial.status, denial.code.label())), "{denial:?}");
-    assert!(is_printable(&denial.message) && denial.message.chars().count() <= 128, "{denial:?}");
+    assert!(is_printable(&denial.message) && denial.message.chars().count() <= 192, "{denial:?}");
 }

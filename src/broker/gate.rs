@@ -1,4 +1,4 @@
-//! The gates of `docs/contract.md`, section 3, in their order: the first that fails answers.
+//! The gates of `docs/contract.md`, section 3, in their order. The first one that a request fails gives the answer.
 #![warn(clippy::indexing_slicing)]
 
 use crate::code::Code;
@@ -62,8 +62,35 @@ impl Denial {
         Denial { status: code.status(), code, message: Cow::Borrowed(message) }
     }
 
+    /// A denial for which AWS's agent has a text of its own, `aws`. Its clients know that text, so `ResponseType` 1
+    /// gives it as it is; the other types say in `message` what is wrong and what to do.
+    fn of_aws(
+        response_type: ResponseType,
+        code: Code,
+        aws: &'static str,
+        message: impl Into<Cow<'static, str>>,
+    ) -> Denial {
+        match response_type {
+            ResponseType::Aws => Denial::new(code, aws),
+            ResponseType::Kms | ResponseType::Vault => {
+                Denial { message: message.into(), ..Denial::new(code, "") }
+            }
+        }
+    }
+
     fn parameter(message: impl Into<Cow<'static, str>>) -> Denial {
         Denial { message: message.into(), ..Denial::new(Code::InvalidParameter, "") }
+    }
+
+    fn unknown_parameter(name: &str, has_secret_id: bool, response_type: ResponseType) -> Denial {
+        let unknown = format!("unknown parameter: {}", excerpt(name, NAME_BYTES_MAX));
+        let known = if has_secret_id { "secretId, " } else { "" };
+        Denial::parameter(match response_type {
+            ResponseType::Aws => unknown,
+            ResponseType::Kms | ResponseType::Vault => {
+                format!("{unknown}; known: {known}versionId, versionStage, refreshNow")
+            }
+        })
     }
 }
 
@@ -74,25 +101,29 @@ impl From<Reject> for Denial {
             // RFC 9110 15.6.6 has a status of its own for it.
             Reject::Version => Denial {
                 status: 505,
-                ..Denial::new(Code::InvalidRequest, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+                ..Denial::new(Code::InvalidRequest, "only HTTP/1.0 and HTTP/1.1 are supported")
             },
             Reject::HeadTooLarge => {
                 Denial::new(Code::RequestHeaderTooLarge, "the request head is over 16 KiB")
             }
-            Reject::TooManyHeaders => Denial::new(Code::RequestHeaderTooLarge, "more than 64 header lines"),
+            Reject::TooManyHeaders => {
+                Denial::new(Code::RequestHeaderTooLarge, "the request head has over 64 header lines")
+            }
             Reject::TargetTooLong => Denial::new(Code::UriTooLong, "the request target is over 8 KiB"),
         }
     }
 }
 
-/// Every connection is busy.
-const CONNECTION_LIMIT: Denial = Denial::new(Code::ConnectionLimitExceeded, "Connection limit exceeded");
-const FORBIDDEN_HOST: Denial =
-    Denial::new(Code::ForbiddenHost, "this Host is not served here; see [Server] AllowedHosts");
-const FORWARDED: Denial = Denial::new(Code::Forwarded, "Forwarded");
-const INVALID_TOKEN: Denial = Denial::new(Code::InvalidToken, "Bad Token");
-const METHOD: Denial = Denial::new(Code::MethodNotAllowed, "Not allowed");
-const NOT_FOUND: Denial = Denial::new(Code::NotFound, "Not found");
+const FORBIDDEN_HOST: Denial = Denial::new(
+    Code::ForbiddenHost,
+    "the agent does not answer for this Host; use localhost, or add the name to [Server] AllowedHosts",
+);
+const TOKEN_REFUSED_AWS: &str = "Bad Token";
+const TOKEN_MISSING: &str = "the request has no token; send it in a header of [Server] SSRFHeaders";
+const TOKEN_EMPTY: &str = "the token in the request is empty";
+const TOKEN_WRONG: &str = "the token in the request is wrong";
+/// What a request without the right token is told. It learns no more than what it carried itself.
+pub(crate) const TOKEN_REFUSALS: [&str; 4] = [TOKEN_REFUSED_AWS, TOKEN_MISSING, TOKEN_EMPTY, TOKEN_WRONG];
 
 /// Takes a sound request through the gates. `busy`: it came on a reserve slot, past `MaxConn`.
 ///
@@ -105,26 +136,31 @@ pub fn pass<'b>(
     busy: bool,
 ) -> Result<Route<'b>, Denial> {
     let ping = request.path == "/ping";
+    let deny = |code, aws, message| Err(Denial::of_aws(server.response_type, code, aws, message));
     if busy && !ping {
-        return Err(CONNECTION_LIMIT);
+        let message = "all [Server] MaxConn connections are busy; try again in a second";
+        return deny(Code::ConnectionLimitExceeded, "Connection limit exceeded", message);
     }
     // An HTTP/1.0 client may name no host; a browser, whose DNS could be rebound, always does.
     if request.host.is_some_and(|host| !is_our_host(host, &server.allowed_hosts)) {
         return Err(FORBIDDEN_HOST);
     }
     if !ping && (request.has_header("X-Forwarded-For") || request.has_header("Forwarded")) {
-        return Err(FORWARDED);
+        let message =
+            "the request has X-Forwarded-For or Forwarded, so a proxy is in between; ask without it";
+        return deny(Code::Forwarded, "Forwarded", message);
     }
     let metrics = request.path == "/metrics";
     if !ping && !metrics {
-        // An empty token is none: it matches nothing.
         let mut given = server.ssrf_headers.iter().flat_map(|name| request.header(name));
+        // An empty token counts as none, and so nothing matches it.
         if token.is_empty() || !given.any(|value| token.ct_eq(value)) {
-            return Err(INVALID_TOKEN);
+            let given = server.ssrf_headers.iter().flat_map(|name| request.header(name));
+            return deny(Code::InvalidToken, TOKEN_REFUSED_AWS, token_refusal(given));
         }
     }
     if !matches!(request.method, "GET" | "HEAD") {
-        return Err(METHOD);
+        return deny(Code::MethodNotAllowed, "Not allowed", "the agent answers GET and HEAD only");
     }
     match request.path {
         "/ping" => return Ok(Route::Ping),
@@ -135,12 +171,25 @@ pub fn pass<'b>(
         }
         _ => {}
     }
-    let Some(id) = request.path.strip_prefix(server.path_prefix.as_str()) else { return Err(NOT_FOUND) };
+    let Some(id) = request.path.strip_prefix(server.path_prefix.as_str()) else {
+        let message =
+            "no such path; ask for /secretsmanager/get?secretId=NAME or [Server] PathPrefix and the name";
+        return deny(Code::NotFound, "Not found", message);
+    };
     let (id, kv) = match id.strip_prefix(KV2_PREFIX) {
         Some(id) if server.response_type == ResponseType::Vault => (id, Kv::V2),
         _ => (id, Kv::V1),
     };
     secret_query(Some(id), kv, server.response_type, request.query).map(Route::Secret)
+}
+
+/// What a request is told that carries these tokens, none of which is right.
+fn token_refusal<'b>(mut given: impl Iterator<Item = &'b [u8]>) -> &'static str {
+    match given.next() {
+        None => TOKEN_MISSING,
+        Some(b"") if given.all(<[u8]>::is_empty) => TOKEN_EMPTY,
+        Some(_) => TOKEN_WRONG,
+    }
 }
 
 fn is_our_host(host: &str, allowed: &[String]) -> bool {
@@ -175,12 +224,7 @@ fn secret_query<'b>(
             "versionId" => &mut version_id,
             "versionStage" => &mut version_stage,
             "refreshNow" => &mut refresh_now,
-            other => {
-                return Err(Denial::parameter(format!(
-                    "unknown parameter: {}",
-                    excerpt(other, NAME_BYTES_MAX)
-                )));
-            }
+            other => return Err(Denial::unknown_parameter(other, path_id.is_none(), response_type)),
         };
         if slot.is_some() {
             return Err(Denial::parameter(format!(
@@ -207,14 +251,7 @@ fn secret_query<'b>(
     if id.len() > ID_BYTES_MAX {
         return Err(Denial::parameter("the secret ID is over 512 bytes"));
     }
-    let refresh_now = match refresh_now.as_deref() {
-        None => false,
-        Some("1") => true,
-        Some("0") => false,
-        Some(text) if text.eq_ignore_ascii_case("true") => true,
-        Some(text) if text.eq_ignore_ascii_case("false") => false,
-        Some(_) => return Err(Denial::parameter("invalid refreshNow value")),
-    };
+    let refresh_now = refresh_now.map_or(Ok(false), |text| read_bool(&text, response_type))?;
     // An empty one is a variable that a script did not set: as if it were not there.
     let version_id = version_id.filter(|it| !it.is_empty());
     let version_stage = version_stage.filter(|it| !it.is_empty()).map(|stage| match response_type {
@@ -222,6 +259,19 @@ fn secret_query<'b>(
         ResponseType::Kms | ResponseType::Vault => stage,
     });
     Ok(SecretQuery { id, version_id, version_stage, refresh_now, kv })
+}
+
+fn read_bool(text: &str, response_type: ResponseType) -> Result<bool, Denial> {
+    const AWS: &str = "invalid refreshNow value";
+    const MESSAGE: &str = "invalid refreshNow value: it must be true, false, 1 or 0";
+    let is = |word: &str| text.eq_ignore_ascii_case(word);
+    if is("true") || is("1") {
+        return Ok(true);
+    }
+    if is("false") || is("0") {
+        return Ok(false);
+    }
+    Err(Denial::of_aws(response_type, Code::InvalidParameter, AWS, MESSAGE))
 }
 
 #[cfg(test)]
@@ -285,9 +335,15 @@ mod tests {
             ("/secretsmanager/get", "missing parameter secretId"),
             ("/secretsmanager/get?secretId=", "missing secret ID"),
             ("/v1/", "missing secret ID"),
-            ("/secretsmanager/get?secretId=a&p=1", "unknown parameter: p"),
-            ("/v1/a?secretId=b", "unknown parameter: secretId"),
-            ("/secretsmanager/get?secretid=a", "unknown parameter: secretid"),
+            (
+                "/secretsmanager/get?secretId=a&p=1",
+                "unknown parameter: p; known: secretId, versionId, versionStage, refreshNow",
+            ),
+            ("/v1/a?secretId=b", "unknown parameter: secretId; known: versionId, versionStage, refreshNow"),
+            (
+                "/secretsmanager/get?secretid=a",
+                "unknown parameter: secretid; known: secretId, versionId, versionStage, refreshNow",
+            ),
             ("/secretsmanager/get?secretId=a&secretId=a", "repeated parameter: secretId"),
             ("/secretsmanager/get?secretId=%zz", "badly encoded parameter: secretId"),
             ("/secretsmanager/get?secretId=%ff", "badly encoded parameter: secretId"),
@@ -295,11 +351,14 @@ mod tests {
             ("/v1/a/../b", "dot segments in the secret ID"),
             ("/v1/a/%2E%2e", "dot segments in the secret ID"),
             ("/v1/a%2f.%2fb", "dot segments in the secret ID"),
-            ("/v1/a?=", "unknown parameter: "),
-            ("/v1/a?%0a%E2%80%AE=", r"unknown parameter: \n\u{202e}"),
-            ("/v1/a?=1&", "unknown parameter: "),
-            ("/v1/a?refreshNow=yes", "invalid refreshNow value"),
-            ("/v1/a?refreshNow", "invalid refreshNow value"),
+            ("/v1/a?=", "unknown parameter: ; known: versionId, versionStage, refreshNow"),
+            (
+                "/v1/a?%0a%E2%80%AE=",
+                r"unknown parameter: \n\u{202e}; known: versionId, versionStage, refreshNow",
+            ),
+            ("/v1/a?=1&", "unknown parameter: ; known: versionId, versionStage, refreshNow"),
+            ("/v1/a?refreshNow=yes", "invalid refreshNow value: it must be true, false, 1 or 0"),
+            ("/v1/a?refreshNow", "invalid refreshNow value: it must be true, false, 1 or 0"),
             (&format!("/v1/{}", "a".repeat(513)), "the secret ID is over 512 bytes"),
         ] {
             assert_eq!(get(target), format!("400 InvalidParameter {message}"), "{target}");
@@ -330,18 +389,34 @@ mod tests {
         let steps = [
             (
                 "POST /x HTTP/1.1\r\nHost: evil\r\nForwarded: for=a\r\n\r\n",
-                "429 ConnectionLimitExceeded Connection limit exceeded",
+                "429 ConnectionLimitExceeded all [Server] MaxConn connections are busy",
             ),
             ("POST /x HTTP/1.1\r\nHost: evil\r\nForwarded: for=a\r\n\r\n", "403 ForbiddenHost"),
-            ("POST /x HTTP/1.1\r\nHost: localhost\r\nForwarded: for=a\r\n\r\n", "400 Forwarded Forwarded"),
-            ("POST /x HTTP/1.1\r\nHost: localhost\r\nx-forwarded-for: a\r\n\r\n", "400 Forwarded Forwarded"),
-            ("POST /x HTTP/1.1\r\nHost: localhost\r\n\r\n", "403 InvalidToken Bad Token"),
-            ("POST /x HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0\r\n\r\n", "403 InvalidToken Bad Token"),
+            (
+                "POST /x HTTP/1.1\r\nHost: localhost\r\nForwarded: for=a\r\n\r\n",
+                "400 Forwarded the request has X-Forwarded-For or Forwarded, so",
+            ),
+            (
+                "POST /x HTTP/1.1\r\nHost: localhost\r\nx-forwarded-for: a\r\n\r\n",
+                "400 Forwarded the request has X-Forwarded-For or Forwarded, so",
+            ),
+            ("POST /x HTTP/1.1\r\nHost: localhost\r\n\r\n", "403 InvalidToken the request has no token;"),
+            (
+                "POST /x HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token:\r\nX-Vault-Token: \r\n\r\n",
+                "403 InvalidToken the token in the request is empty",
+            ),
+            (
+                "POST /x HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token:\r\nX-Vault-Token: t0\r\n\r\n",
+                "403 InvalidToken the token in the request is wrong",
+            ),
             (
                 "POST /x HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0k\r\n\r\n",
-                "405 MethodNotAllowed Not allowed",
+                "405 MethodNotAllowed the agent answers GET and HEAD only",
             ),
-            ("GET /x HTTP/1.1\r\nHost: localhost\r\nX-Vault-Token: t0k\r\n\r\n", "404 NotFound Not found"),
+            (
+                "GET /x HTTP/1.1\r\nHost: localhost\r\nX-Vault-Token: t0k\r\n\r\n",
+                "404 NotFound no such path; ask for",
+            ),
             (
                 "GET /v1/a?b HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: t0k\r\n\r\n",
                 "400 InvalidParameter unknown parameter: b",

@@ -1,5 +1,6 @@
 //! A request to the agent on this host: what `get`, `exec`, `status` and `check` have in common.
 
+use crate::broker::gate;
 use crate::config::{Config, ResponseType};
 use crate::http::percent;
 use crate::http::response::{Progress, REPLY_BYTES_MAX, Response, ResponseError, ResponseParser};
@@ -283,7 +284,8 @@ pub(super) fn field(data: &str, key: &str) -> Result<Zeroizing<String>, String> 
 /// Whether the agent did not like the token, in any of its ways to say so.
 pub(super) fn is_token_refusal(reply: &Response) -> bool {
     let text = failure(reply);
-    reply.status == 403 && (text.starts_with("403 InvalidToken") || text == "403 Bad Token")
+    let is_refusal = |text: &str| gate::TOKEN_REFUSALS.contains(&text);
+    text.starts_with("403 InvalidToken") || text.strip_prefix("403 ").is_some_and(is_refusal)
 }
 
 /// Whether all of `MaxConn` serve others: the agent is there, and has looked at nothing else of the request.
@@ -359,7 +361,12 @@ mod tests {
             (403, r#"{"Code":"InvalidToken","Message":"Bad Token"}"#, "403 InvalidToken: Bad Token", true),
             (403, "Bad Token", "403 Bad Token", true),
             (400, r#"{"__type":"A","message":"no"}"#, "400 A: no", false),
-            (403, r#"{"errors":["Bad Token"]}"#, "403 Bad Token", true),
+            (
+                403,
+                r#"{"errors":["the token in the request is wrong"]}"#,
+                "403 the token in the request is wrong",
+                true,
+            ),
             (403, r#"{"errors":["A: no"]}"#, "403 A: no", false),
             (500, "<html>\u{1b}[31m\r\n", r"500 <html>\u{1b}[31m", false),
             (500, "", "500", false),

@@ -62,12 +62,12 @@ assert "Rejected.Disabled" in str(error), error
 # Refused by us.
 stranger = client("wrong")
 error = raises(hvac.exceptions.Forbidden, stranger.read, "db")
-assert error.errors == ["Bad Token"], error.errors
+assert error.errors == ["the token in the request is wrong"], error.errors
 raises(hvac.exceptions.Forbidden, stranger.secrets.kv.v2.read_secret_version, "db", raise_on_deleted_version=True)
 error = raises(hvac.exceptions.InvalidRequest, vault.read, "a%ff")
 assert error.errors == ["badly encoded secret ID in the path"], error.errors
 error = raises(hvac.exceptions.UnexpectedError, vault.write, "db", a="b")
-assert error.errors == ["Not allowed"], error.errors
+assert error.errors == ["the agent answers GET and HEAD only"], error.errors
 # KMS down.
 error = raises(hvac.exceptions.BadGateway, vault.read, "unusable")
 assert error.errors[0].startswith("UpstreamInvalidResponse: "), error.errors

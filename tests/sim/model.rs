@@ -347,7 +347,12 @@ impl World {
         self.check_persistence(id, number, reply, (low, high));
         let limited = reply.status == 429
             && unit.ask != Ask::Ping
-            && (unit.head || self.says(reply, "ConnectionLimitExceeded", "Connection limit exceeded"));
+            && (unit.head
+                || self.says(
+                    reply,
+                    "ConnectionLimitExceeded",
+                    &["Connection limit exceeded", "MaxConn connections are busy"],
+                ));
         if limited && !unit.head {
             self.hit(Fault::Refused429);
             if !blocked && high.us == self.now_us {
@@ -368,8 +373,14 @@ impl World {
         }
         let gated = !matches!(unit.ask, Ask::Ping | Ask::Garbage | Ask::BadHost | Ask::Forwarded);
         // Without a body a 403 does not tell who gave it.
-        let denied =
-            gated && reply.status == 403 && (unit.head || self.says(reply, "InvalidToken", "Bad Token"));
+        let denied = gated
+            && reply.status == 403
+            && (unit.head
+                || self.says(
+                    reply,
+                    "InvalidToken",
+                    &["Bad Token", "the request has no token", "the token in the request is"],
+                ));
         // It was looked at somewhere between its reading and its answer.
         match self.token_works(unit.token, read.us, high.us) {
             Some(true) if denied && !unit.head => self.wrong(id, number, reply, "a good token is refused"),
@@ -400,17 +411,17 @@ impl World {
                 return;
             }
         };
-        if reply.status != expected.0 || !unit.head && !self.says(reply, expected.1, "") {
+        if reply.status != expected.0 || !unit.head && !self.says(reply, expected.1, &[""]) {
             self.wrong(id, number, reply, format!("not {expected:?}"));
         }
     }
 
-    /// Whether the reply carries this code, or in AWS's and HashiCorp's forms this text.
-    fn says(&self, reply: &Reply<'_>, code: &str, text: &str) -> bool {
+    /// Whether the reply carries this code, or in AWS's and HashiCorp's forms one of these texts.
+    fn says(&self, reply: &Reply<'_>, code: &str, texts: &[&str]) -> bool {
         let body = String::from_utf8_lossy(reply.body);
         match self.set.response_type {
             ResponseType::Kms => code.is_empty() || body.contains(&format!("\"Code\":\"{code}\"")),
-            ResponseType::Aws | ResponseType::Vault => body.contains(text),
+            ResponseType::Aws | ResponseType::Vault => texts.iter().any(|text| body.contains(text)),
         }
     }
 
