@@ -1,8 +1,8 @@
 #!/bin/sh
-# Installs kms-agent on this host, or upgrades it. Asks nothing, needs no network, and may be run again at any time.
-# POSIX sh, coreutils and util-linux (and systemd). 'install.sh --help' has the options.
+# Installs kms-agent on this host, or upgrades it. It asks nothing, needs no network, and may be run again at any time.
+# It needs a POSIX sh, coreutils and util-linux (and systemd). 'install.sh --help' has the options.
 set -eu
-# Whoever calls this: folders that others can enter, no output of 'cd', tools of root's that a short PATH leaves out.
+# Whatever the caller has set: others can enter the folders, 'cd' prints nothing, and root's tools are in PATH.
 umask 022
 unset CDPATH
 export LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/sbin:/sbin"
@@ -15,7 +15,7 @@ token_group=kmstoken
 ping_seconds=15
 
 # What can be configured from here: flag, section and key of config.toml, kind, meaning. The variable of a flag is
-# KMS_AGENT_ and the flag in capitals, with _ for -.
+# KMS_AGENT_ and the flag in capitals, with _ in place of -.
 settings='
 http-port Server HttpPort number port on 127.0.0.1 and [::1] (2025)
 max-conn Server MaxConn number connections at a time (800)
@@ -37,12 +37,12 @@ usage() {
     cat <<END
 Usage: install.sh [OPTION]..
 
-Installs kms-agent to $home, or upgrades what is there: the
-configuration is kept, only keys given here are changed; if the new version does not
-answer, the old one comes back.
+Installs kms-agent to $home, or upgrades it. An upgrade
+keeps the configuration and changes only the keys that are given here. If the new version
+does not answer, the old one is put back.
 
 Each option may be given as a variable instead: --http-port as KMS_AGENT_HTTP_PORT, and
---no-check as KMS_AGENT_NO_CHECK=1. An empty variable is none.
+--no-check as KMS_AGENT_NO_CHECK=1. An empty variable counts as not set.
 
 END
     echo "$settings" | while read -r flag section key kind meaning; do
@@ -50,15 +50,15 @@ END
         [ -z "$flag" ] || printf '  --%-19s %s\n' "$flag $value" "$meaning"
     done
     cat <<END
-  --app-user A,B        users that may read the token: they join the group $token_group
+  --app-user A,B        users that may read the token; they are added to the group $token_group
   --config FILE         a whole config.toml to install instead of the sample
   --binary FILE         the binary (kms-agent beside this script)
   --no-check            do not run 'kms-agent check' at the end
-  --no-start            install, and leave starting to others
-  --root DIR            put the files below this folder, and do nothing else
+  --no-start            install the agent and do not start it
+  --root DIR            only put the files below this folder
 
 Exit codes: 0 installed, 1 failed (an upgrade was rolled back), 2 wrong usage,
-3 installed and running, but 'kms-agent check' found something.
+3 the agent is installed and running, but 'kms-agent check' found a problem.
 END
 }
 
@@ -70,7 +70,7 @@ fail() {
 }
 
 misused() {
-    say "$@" "('install.sh --help')" >&2
+    say "$@" "(see 'install.sh --help')" >&2
     exit 2
 }
 
@@ -85,7 +85,7 @@ switch() {
     case $2 in
         '' | 0 | no | false) ;;
         1 | yes | true) echo 1 ;;
-        *) misused "$1=$2: 1 or 0 is wanted" ;;
+        *) misused "$1=$2: it must be 1 or 0" ;;
     esac
 }
 
@@ -125,7 +125,7 @@ while [ $# -gt 0 ]; do
             ;;
         *) misused "unexpected argument $1" ;;
     esac
-    # Not "none": '--root "$unset"' must not install on this host.
+    # An empty value does not count as none: '--root "$unset"' must not install on this host.
     [ -n "$value" ] || misused "--$flag needs a value"
     case $flag in
         app-user) app_user=$value ;;
@@ -138,12 +138,12 @@ done
 
 here=$(cd "$(dirname "$0")" && pwd)
 binary_from=${binary_from:-$here/kms-agent}
-[ -f "$binary_from" ] || misused "$binary_from: no such file; --binary names the binary"
+[ -f "$binary_from" ] || misused "$binary_from does not exist; --binary names another binary"
 binary_from=$(cd "$(dirname "$binary_from")" && pwd)/$(basename "$binary_from")
-[ -z "$config_from" ] || [ -f "$config_from" ] || misused "--config $config_from: no such file"
+[ -z "$config_from" ] || [ -f "$config_from" ] || misused "--config $config_from: the file does not exist"
 
 if [ -n "$root" ]; then
-    [ -z "$app_user" ] || misused "--app-user: not with --root, which leaves accounts alone"
+    [ -z "$app_user" ] || misused "--app-user cannot be used with --root, which changes no accounts"
     mkdir -p "$root"
     root=$(cd "$root" && pwd)
     no_start=1
@@ -155,11 +155,11 @@ toml() {
     kind=$1 flag=$2 value=$3
     case $value in
         *[\"\\]* | *"
-"*) misused "--$flag: no quotes, backslashes or line ends" ;;
+"*) misused "--$flag: the value must have no quotes, backslashes or line ends" ;;
     esac
     case $kind in
         number)
-            case $value in *[!0-9]*) misused "--$flag $value: a number is wanted" ;; esac
+            case $value in *[!0-9]*) misused "--$flag $value: the value must be a number" ;; esac
             printf %s "$value"
             ;;
         list)
@@ -217,7 +217,7 @@ set_key() {
                 line=${line#*=}
                 case ${line#"${line%%[![:blank:]]*}"} in
                     *"]"*) ;;
-                    "["* | *\"\"\"*) fail "config.toml: $key spans several lines; change it by hand" ;;
+                    "["* | *\"\"\"*) fail "config.toml: the value of $key spans several lines; change it by hand" ;;
                 esac
                 ;;
             "#$key"[[:blank:]=]*) comment=${comment:-$number} ;;
@@ -242,24 +242,24 @@ set_key() {
 
 # ---- Checks before anything is touched ----
 
-[ "$(uname -s)" = Linux ] || fail "this is $(uname -s); the agent is for Linux"
+[ "$(uname -s)" = Linux ] || fail "this is $(uname -s), and the agent runs on Linux only"
 version=$("$binary_from" --version 2>/dev/null) ||
-    fail "$binary_from does not run here ($(uname -m)): another architecture's, no mode +x, or a noexec file system?"
+    fail "$binary_from does not run here ($(uname -m)): check its architecture, its mode (+x), and that the file system is not mounted noexec"
 version=${version#kms-agent }
 unit_from=$here/systemd/kms-agent.service
 for file in "$unit_from" "$here/config.toml" "$here/uninstall.sh"; do
-    [ -f "$file" ] || fail "$file is missing: take the whole bundle"
+    [ -f "$file" ] || fail "$file is missing; unpack the whole bundle"
 done
 
 if [ -z "$root" ]; then
-    [ "$(id -u)" = 0 ] || fail "only root can install it (--root DIR stages the files without)"
+    [ "$(id -u)" = 0 ] || fail "only root can install the agent (--root DIR puts the files below a folder without being root)"
     for owner in "dpkg-query --search" "rpm --query --file"; do
         # shellcheck disable=SC2086 # a command and its options
         if have "${owner%% *}" && $owner "$home/bin/kms-agent" >/dev/null 2>&1; then
-            fail "it was installed as a package (${owner%% *} knows it): upgrade that"
+            fail "the agent was installed as a package (${owner%% *} knows it); upgrade that package"
         fi
     done
-    # Two at a time would take each other's way back. A folder can be locked, too, and leaves no file.
+    # Two installations at a time would spoil each other's rollback. The lock is on a folder, which leaves no file behind.
     if have flock && [ -d "$unit_dir" ]; then
         exec 9<"$unit_dir"
         flock --nonblock 9 || fail 'another installation is running'
@@ -267,7 +267,7 @@ if [ -z "$root" ]; then
 fi
 set -f
 for name in $(printf %s "$app_user" | tr , ' '); do
-    getent passwd "$name" >/dev/null || misused "--app-user $name: no such user"
+    getent passwd "$name" >/dev/null || misused "--app-user $name: there is no such user"
 done
 set +f
 if [ -z "$no_start" ]; then
@@ -287,7 +287,7 @@ binary_kib=$(($(wc -c <"$binary_from") / 1024 + 1))
 # The old binary, the new one, and room for small files.
 needed_kib=$((2 * binary_kib + 1024))
 free=$(free_kib "$home_real")
-[ "$free" -ge "$needed_kib" ] || fail "$home_real: $free KiB are free, $needed_kib are needed"
+[ "$free" -ge "$needed_kib" ] || fail "$home_real: $free KiB are free, and $needed_kib KiB are needed"
 
 # Whether something on this host listens on PORT of loopback (or of all addresses).
 port_taken() {
@@ -310,7 +310,7 @@ port_taken() {
 # ---- What will be configured, in a folder that goes with this script ----
 
 stage=$(mktemp -d)
-# Files are being changed, and go back if this script ends now; the daemon has been restarted with them.
+# undo: files have been changed, and are put back if this script ends now. begun: when the daemon was restarted with them.
 undo='' begun=''
 # shellcheck disable=SC2317,SC2329 # called by the trap
 leave() {
@@ -320,14 +320,14 @@ leave() {
     if [ -n "$undo" ]; then
         put_back
         [ -z "$begun" ] || { systemctl daemon-reload; systemctl restart kms-agent; }
-        say 'not finished; what was changed is as it was' >&2
+        say 'the installation was not finished; what it had changed was put back' >&2
     fi
     [ ! -f "$stage/touched" ] || while IFS= read -r file; do rm -f "$file.new" "$file.old"; done <"$stage/touched"
     rm -rf "$stage"
     exit "$code"
 }
 trap leave EXIT
-# dash leaves by a signal without the trap above.
+# dash does not run the EXIT trap when a signal ends it.
 trap 'exit 1' HUP INT TERM
 config=$home_real/config.toml
 # A link's target is what is changed. In a staged root a link may lead out of it; there a file takes its place.
@@ -340,7 +340,7 @@ else
     cat "$here/config.toml" >"$stage/config.toml"
 fi
 if [ -n "${given_ca_file:=}" ]; then
-    [ -r "$given_ca_file" ] || misused "--ca-file $given_ca_file: cannot read it"
+    [ -r "$given_ca_file" ] || misused "--ca-file $given_ca_file: the file cannot be read"
     cat "$given_ca_file" >"$stage/ca.pem"
     given_ca_file=$home/ca.pem
 fi
@@ -356,7 +356,7 @@ done <"$stage/settings"
 code=0
 problems=$("$binary_from" status --config "$stage/config.toml" 2>&1) || code=$?
 if [ "$code" = 2 ]; then
-    # A file that will be gone tells nobody anything: what is wrong is the option, or the installed configuration.
+    # The staged file will be gone, so the message names the option or the installed configuration instead.
     problems=${problems#*:*:}
     named=''
     while read -r flag section key _; do
@@ -364,7 +364,7 @@ if [ "$code" = 2 ]; then
         eval "value=\$given_$(lower "$flag")"
         case ${value:+$problems} in *"[$section] $key"*) named="$named --$flag" ;; esac
     done <"$stage/settings"
-    [ -z "$named" ] || misused "refused:$named; nothing was changed:$problems"
+    [ -z "$named" ] || misused "wrong value:$named; nothing was changed:$problems"
     fail "the configuration is wrong, nothing was changed:$problems"
 fi
 
@@ -382,7 +382,7 @@ case ${log_path:=./logs/} in
 esac
 log_dir=${log_dir%/}
 case $log_dir in
-    *[\"\'\\%]*) fail "LogPath $log_dir: systemd would read quotes, backslashes and % as something else" ;;
+    *[\"\'\\%]*) fail "LogPath $log_dir: it must have no quotes, backslashes or %, which systemd would read differently" ;;
 esac
 
 # The version that is there.
@@ -395,9 +395,9 @@ running=''
 if [ -z "$no_start" ] && [ "$port" != 0 ]; then
     old_port=2025
     [ ! -f "$config" ] || old_port=$(read_number HttpPort "$config" 2025)
-    # Its own port is taken by itself.
+    # A running agent holds its own port.
     if [ -z "$running" ] || [ "$old_port" != "$port" ]; then
-        ! port_taken "$port" || fail "port $port is taken (ss -ltnp 'sport = :$port'); --http-port takes another one"
+        ! port_taken "$port" || fail "another program listens on port $port (ss -ltnp 'sport = :$port' shows it); --http-port sets another port"
     fi
 fi
 if [ -n "$log_dir" ] && [ -z "$old_version" ]; then
@@ -414,17 +414,17 @@ if [ -z "$root" ]; then
     for group in "$user" "$token_group"; do
         if ! getent group "$group" >/dev/null; then
             groupadd --system "$group"
-            say "group $group made"
+            say "created the group $group"
         fi
     done
     if ! getent passwd "$user" >/dev/null; then
         useradd --system --gid "$user" --groups "$token_group" --home-dir "$home" --no-create-home \
             --shell /sbin/nologin --comment 'KMS agent' "$user"
-        say "user $user made"
+        say "created the user $user"
     fi
     for name in $(printf %s "$app_user" | tr , ' '); do
         usermod --append --groups "$token_group" "$name"
-        say "$name may read the token: member of $token_group, from its next login on"
+        say "$name may read the token from its next login on, as a member of $token_group"
     done
 fi
 
@@ -433,7 +433,7 @@ fi
 same() { [ -f "$1" ] && [ -f "$2" ] && [ "$(sha256sum <"$1")" = "$(sha256sum <"$2")" ]; }
 
 changed=''
-# Before FILE is changed: what is there stays beside it until the end, as a second name, which needs no space.
+# Before FILE is changed, its old content gets a second name beside it until the end, which needs no space.
 remember() {
     mkdir -p "$(dirname "$1")"
     printf '%s\n' "$1" >>"$stage/touched"
@@ -449,7 +449,7 @@ put() {
     fi
     remember "$3"
     install -m "$1" "$2" "$3.new"
-    # A configuration that only its owner may read stays the agent's.
+    # A configuration that only its owner may read keeps its owner, which may be the agent.
     [ "$3" != "$config" ] || [ ! -f "$3" ] || chown --reference="$3" "$3.new"
     mv -f "$3.new" "$3"
 }
@@ -503,7 +503,7 @@ put 644 "$unit_from" "$root$unit_dir/kms-agent.service"
 put 755 "$binary_from" "$home_real/bin/kms-agent"
 restart=$changed
 
-# Nothing of these runs in the daemon.
+# The daemon uses none of these, so they need no restart.
 put 644 "$here/config.toml" "$home_real/config.toml.sample"
 put 755 "$here/uninstall.sh" "$home_real/uninstall.sh"
 [ ! -f "$here/kms-agent.8" ] || put 644 "$here/kms-agent.8" "$root/usr/local/share/man/man8/kms-agent.8"
@@ -513,12 +513,12 @@ if [ -z "$root" ] && have restorecon; then restorecon -R "$home" "$unit_dir/kms-
 
 if [ -n "$no_start$root" ] || [ -z "$old_version" ]; then undo=''; fi
 if [ -n "$root" ]; then
-    say "$version staged in $root; accounts and enabling the unit are left to you"
+    say "put $version below $root; accounts have to be created and the unit has to be enabled by other means"
     exit 0
 fi
 if [ -n "$no_start" ]; then
     ! have systemctl || systemctl enable kms-agent >/dev/null 2>&1 || say "warning: could not enable the unit"
-    say "$version installed, not started"
+    say "$version is installed and was not started"
     exit 0
 fi
 
@@ -554,24 +554,24 @@ start() {
 
 systemctl enable kms-agent >/dev/null 2>&1 || say "warning: could not enable the unit"
 if [ -z "$restart" ] && ping_agent; then
-    say "$version is installed and running; nothing to do"
+    say "$version is installed and running; nothing had to be done"
 elif start; then
-    say "$version is running on port $port${old_version:+ ($old_version before)}"
+    say "$version is running on port $port${old_version:+ (it was $old_version before)}"
 else
-    say "$version does not answer on port $port. It said:" >&2
+    say "$version does not answer on port $port. Its log says:" >&2
     journalctl --unit kms-agent --since "@$begun" --lines 20 --no-pager --output cat >&2 2>/dev/null || true
     if [ -n "$old_version" ] && [ -n "$restart" ]; then
         put_back
-        ! start || fail "rolled back to $old_version, which is running"
-        fail "rolled back to $old_version, which does not answer either"
+        ! start || fail "the upgrade was rolled back to $old_version, which is running"
+        fail "the upgrade was rolled back to $old_version, which does not answer either"
     fi
     undo=''
-    fail "installed, but not serving: 'journalctl -u kms-agent', then run this again"
+    fail "the agent is installed but does not serve: see 'journalctl -u kms-agent', then run this script again"
 fi
 undo=''
 
 [ -z "$no_check" ] || exit 0
 "$home/bin/kms-agent" check --config "$config" || {
-    say "running, but applications may not get secrets yet: see above; again with 'kms-agent check'"
+    say "the agent is running, but applications may not get secrets yet: see FAILED above, and check again with 'kms-agent check'"
     exit 3
 }

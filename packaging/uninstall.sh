@@ -1,7 +1,7 @@
 #!/bin/sh
-# Removes kms-agent as install.sh put it there. May be run again. POSIX sh, coreutils and util-linux.
+# Removes what install.sh has put on this host. It may be run again, and needs a POSIX sh, coreutils and util-linux.
 set -eu
-# Whoever calls this: no output of 'cd', tools of root's that a short PATH leaves out.
+# Whatever the caller has set: 'cd' prints nothing, and root's tools are in PATH.
 unset CDPATH
 export LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/sbin:/sbin"
 
@@ -14,13 +14,13 @@ usage() {
     cat <<END
 Usage: uninstall.sh [--purge] [--root DIR]
 
-Stops and removes kms-agent and its token. Keeps config.toml, ca.pem and logs/ in
-$home, and the accounts, for a next installation.
+Stops and removes kms-agent and its token. It keeps config.toml, ca.pem and logs/ in
+$home, and the accounts, for the next installation.
 
-  --purge       remove those, too; only a LogPath elsewhere stays
-  --root DIR    remove the files that install.sh staged below this folder, and do nothing else
+  --purge       remove these as well; only a LogPath elsewhere is kept
+  --root DIR    only remove the files that install.sh has put below this folder
 
-Or as variables: KMS_AGENT_PURGE=1, KMS_AGENT_ROOT.
+The options may be given as variables instead: KMS_AGENT_PURGE=1, KMS_AGENT_ROOT=DIR.
 END
 }
 
@@ -42,7 +42,7 @@ root=${KMS_AGENT_ROOT:-}
 while [ $# -gt 0 ]; do
     case $1 in
         --purge) purge=1 ;;
-        # Empty is not "none": '--root "$unset"' must not remove what is installed on this host.
+        # An empty value does not count as none: '--root "$unset"' must not remove what is installed on this host.
         --root=?*) root=${1#*=} ;;
         --root)
             [ -n "${2:-}" ] || { usage >&2; exit 2; }
@@ -57,16 +57,16 @@ done
 if [ -n "$root" ]; then
     root=$(cd "$root" && pwd) || exit 1
 else
-    [ "$(id -u)" = 0 ] || fail "only root can remove it"
+    [ "$(id -u)" = 0 ] || fail "only root can remove the agent"
     for owner in "dpkg-query --search" "rpm --query --file"; do
         # shellcheck disable=SC2086 # a command and its options
         if have "${owner%% *}" && $owner "$home/bin/kms-agent" >/dev/null 2>&1; then
-            fail "it was installed as a package (${owner%% *} knows it): remove that"
+            fail "the agent was installed as a package (${owner%% *} knows it); remove that package"
         fi
     done
     if have flock && [ -d "$unit_dir" ]; then
         exec 9<"$unit_dir"
-        flock --nonblock 9 || fail 'an installation is running'
+        flock --nonblock 9 || fail 'an installation is running; try again when it has ended'
     fi
 fi
 
@@ -76,12 +76,12 @@ if [ -z "$root" ] && have systemctl && [ -f "$unit" ]; then
     systemctl disable kms-agent >/dev/null 2>&1 || true
 fi
 [ -z "$purge" ] || [ ! -f "$unit.d/log-path.conf" ] || while IFS= read -r line; do
-    case $line in ReadWriteDirectories=*) say "kept: the logs in ${line#*=}" ;; esac
+    case $line in ReadWriteDirectories=*) say "kept the logs in ${line#*=}" ;; esac
 done <"$unit.d/log-path.conf"
 rm -f "$unit" "$unit.d/log-path.conf" "$unit.d/no-user-namespaces.conf"
-# Somebody else's drop-ins keep their folder, unless nothing is to stay.
+# Other drop-ins keep their folder, unless everything is to be removed.
 [ -z "$purge" ] || rm -rf "$unit.d"
-[ ! -d "$unit.d" ] || rmdir "$unit.d" 2>/dev/null || say "kept: $unit.d"
+[ ! -d "$unit.d" ] || rmdir "$unit.d" 2>/dev/null || say "kept $unit.d, which has other files"
 if [ -z "$root" ] && [ -d /run/systemd/system ] && have systemctl; then
     systemctl daemon-reload
     systemctl reset-failed kms-agent 2>/dev/null || true
@@ -93,7 +93,7 @@ link=$root/usr/local/bin/kms-agent
 rm -f "$root/usr/local/share/man/man8/kms-agent.8"
 cd /
 if [ -n "$purge" ]; then
-    # By name first: the folder may be a link to where there is more space.
+    # The files go by name first, since the folder may be a link to another file system.
     for name in bin logs config.toml config.toml.sample ca.pem uninstall.sh; do
         rm -rf "$root${home:?}/$name"
     done
@@ -101,15 +101,15 @@ if [ -n "$purge" ]; then
 else
     rm -rf "$root${home:?}/bin"
     rm -f "$root$home/config.toml.sample" "$root$home/uninstall.sh"
-    # Empty: nothing of it is worth keeping.
+    # Empty folders are not worth keeping.
     rmdir "$root$home/logs" "$root$home" 2>/dev/null || true
-    [ ! -d "$root$home" ] || say "kept: $root$home (--purge removes it)"
+    [ ! -d "$root$home" ] || say "kept $root$home (--purge removes it)"
 fi
 if [ -n "$purge" ] && [ -z "$root" ]; then
     ! getent passwd "$user" >/dev/null || userdel "$user"
     for group in "$user" "$token_group"; do
-        # It may be somebody's primary group.
-        ! getent group "$group" >/dev/null || groupdel "$group" || say "kept: the group $group"
+        # The group may be the primary group of another user.
+        ! getent group "$group" >/dev/null || groupdel "$group" || say "kept the group $group, which is still in use"
     done
 fi
-say "removed"
+say "the agent is removed"

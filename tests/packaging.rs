@@ -242,19 +242,19 @@ fn what_is_wrong_is_said_before_anything_is_touched() {
     let several_lines = stage.0.write("several.toml", "[Server]\nSSRFHeaders = [\n\"X-A\"]\n");
     let not_a_binary = stage.0.write("not-a-binary", "?");
     for (arguments, code, part) in [
-        (&["--ttl", "soon"][..], 2, "--ttl soon: a number is wanted"),
-        (&["--region", "a\"b"], 2, "--region: no quotes"),
+        (&["--ttl", "soon"][..], 2, "--ttl soon: the value must be a number"),
+        (&["--region", "a\"b"], 2, "--region: the value must have no quotes"),
         (&["--region"], 2, "--region needs a value"),
         (&["--region", ""], 2, "--region needs a value"),
         (&["--ttl="], 2, "--ttl needs a value"),
-        (&["--app-user", "root"], 2, "--app-user: not with --root"),
-        (&["--log-path", "/data/100%"], 1, "LogPath /data/100%: systemd would"),
+        (&["--app-user", "root"], 2, "--app-user cannot be used with --root"),
+        (&["--log-path", "/data/100%"], 1, "LogPath /data/100%: it must have no quotes, backslashes or %"),
         (&["--foo"], 2, "unknown option --foo"),
         (&["--cache", "1"], 2, "unknown option --cache"),
         (&["now"], 2, "unexpected argument now"),
-        (&["--config", "/no/such/file"], 2, "no such file"),
-        (&["--ca-file", "/no/such/file"], 2, "cannot read it"),
-        (&["--max-conn", "5000"], 2, "refused: --max-conn; nothing was changed:\n  line"),
+        (&["--config", "/no/such/file"], 2, "the file does not exist"),
+        (&["--ca-file", "/no/such/file"], 2, "the file cannot be read"),
+        (&["--max-conn", "5000"], 2, "wrong value: --max-conn; nothing was changed:\n  line"),
         (&["--binary", not_a_binary.to_str().unwrap()], 1, "does not run here"),
         (&["--config", several_lines.to_str().unwrap(), "--ssrf-headers", "X-B"], 1, "spans several lines"),
     ] {
@@ -269,7 +269,7 @@ fn what_is_wrong_is_said_before_anything_is_touched() {
     assert!(said.contains("--root needs a value"), "{said}");
     let (code, said) = stage.install(&[], &[("KMS_AGENT_NO_CHECK", "maybe")]);
     assert_eq!(code, 2, "{said}");
-    assert!(said.contains("KMS_AGENT_NO_CHECK=maybe: 1 or 0 is wanted"), "{said}");
+    assert!(said.contains("KMS_AGENT_NO_CHECK=maybe: it must be 1 or 0"), "{said}");
     assert!(!stage.file("usr").exists());
 }
 
@@ -304,7 +304,7 @@ fn what_cannot_be_finished_is_undone() {
     let (code, said) =
         stage.install(&["--binary", newer.to_str().unwrap(), "--ttl", "1", "--log-path", "-"], &[]);
     assert_eq!(code, 1, "{said}");
-    assert!(said.contains("not finished; what was changed is as it was"), "{said}");
+    assert!(said.contains("the installation was not finished; what it had changed was put back"), "{said}");
     assert_eq!(set_keys(&stage.config()), ["TTLSeconds = 900", "LogPath = \"/data/logs\""]);
     assert_eq!(
         fs::read(stage.file(&format!("{HOME}/bin/kms-agent"))).unwrap(),
