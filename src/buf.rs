@@ -28,14 +28,6 @@ pub struct Buf {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Full;
 
-impl fmt::Display for Full {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("buffer full")
-    }
-}
-
-impl std::error::Error for Full {}
-
 impl Buf {
     /// An empty buffer that will hold at most `bytes_max` bytes. Allocates nothing.
     pub(crate) fn with_max(bytes_max: usize) -> Buf {
@@ -46,9 +38,7 @@ impl Buf {
     ///
     /// Moves the bytes held to the front if that makes room, and only then allocates: twice the old
     /// size, or what is needed, at most the maximum.
-    ///
-    /// # Errors
-    /// [`Full`] if the buffer would hold more than its maximum.
+    /// Errors: [`Full`] if the buffer would hold more than its maximum.
     pub(crate) fn extend(&mut self, more: &[u8]) -> Result<(), Full> {
         let len = self.len().checked_add(more.len()).ok_or(Full)?;
         if len > self.bytes_max {

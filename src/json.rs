@@ -16,9 +16,8 @@ pub(crate) struct Members<'a>(BTreeMap<String, &'a RawValue>);
 
 impl<'a> Members<'a> {
     /// The members of an object that is all of `json`.
-    ///
-    /// # Errors
-    /// If it is none. The error may quote some of `json`: a message is to show no more of it than the place.
+    /// Errors: if it is none. The error may quote some of `json`: a message is to show no more of it than the
+    /// place.
     pub(crate) fn of(json: &'a [u8]) -> serde_json::Result<Members<'a>> {
         serde_json::from_slice(json).map(Members)
     }

@@ -47,8 +47,6 @@ impl fmt::Display for TokenError {
     }
 }
 
-impl std::error::Error for TokenError {}
-
 /// Where a process finds its token; the same rule for the daemon and its command line.
 #[derive(Debug)]
 pub(crate) enum Source {
@@ -75,9 +73,7 @@ impl fmt::Display for Source {
 
 impl Source {
     /// The first of `variables` that is set wins: it holds the token, or `file:///path`.
-    ///
-    /// # Errors
-    /// When its value can be neither, or is the bare path of something that exists.
+    /// Errors: when its value can be neither, or is the bare path of something that exists.
     pub(crate) fn find(
         variables: &[String],
         env: &dyn Fn(&str) -> Option<OsString>,
@@ -113,9 +109,7 @@ impl Source {
     }
 
     /// The token as it is now.
-    ///
-    /// # Errors
-    /// When the file cannot be read.
+    /// Errors: when the file cannot be read.
     pub(crate) fn read(&self) -> Result<Secret, TokenError> {
         match self {
             Source::Value { token, .. } => Ok(token.duplicate()),
@@ -200,9 +194,7 @@ pub(crate) enum Created {
 
 /// Makes sure that there is a token: a valid file stays as it is, an empty or unusable one is replaced, and
 /// where there is none, one is made as by [`rotate`].
-///
-/// # Errors
-/// When it cannot be made, or something is there that no token file is: it stays.
+/// Errors: when it cannot be made, or something is there that no token file is: it stays.
 pub(crate) fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<Created, TokenError> {
     match read(path) {
         Ok((token, file)) if !token.is_empty() => return Ok(Created::Kept { gid: file.gid() }),
@@ -226,10 +218,8 @@ pub(crate) fn create(path: &Path, gid: Option<u32>, random: &mut Random) -> Resu
 /// this group, else that of the file that was there, else that of the process. No line end: clients that put the file's content into a header as it
 /// is are right, too. At no instant can others read it, and nobody sees half of it: it is written under
 /// another name and gets that of `path` when all is done.
-///
-/// # Errors
-/// When the folder cannot be written to or the group not be given; when `path` is something else than a regular
-/// file: a device or a link is not replaced.
+/// Errors: when the folder cannot be written to or the group not be given; when `path` is something else than a
+/// regular file: a device or a link is not replaced.
 pub(crate) fn rotate(path: &Path, gid: Option<u32>, random: &mut Random) -> Result<(), TokenError> {
     let failed = |error: io::Error| TokenError::Create(path.to_path_buf(), error);
     let there = std::fs::symlink_metadata(path).ok();

@@ -11,20 +11,8 @@ pub(super) enum Stop {
     Wrong(String),
 }
 
-impl From<String> for Stop {
-    fn from(message: String) -> Stop {
-        Stop::Wrong(message)
-    }
-}
-
-impl From<&str> for Stop {
-    fn from(message: &str) -> Stop {
-        Stop::Wrong(message.to_owned())
-    }
-}
-
-impl From<lexopt::Error> for Stop {
-    fn from(error: lexopt::Error) -> Stop {
+impl<E: Display> From<E> for Stop {
+    fn from(error: E) -> Stop {
         Stop::Wrong(error.to_string())
     }
 }

@@ -98,9 +98,7 @@ fn has_open(process: &Path, links: &[String]) -> bool {
 }
 
 /// Whether this process might listen on `port` of 127.0.0.1. Binds and does not listen, which is in nobody's way.
-///
-/// # Errors
-/// Why not.
+/// Errors: why not.
 pub(super) fn may_bind(port: u16) -> io::Result<()> {
     let socket =
         rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;

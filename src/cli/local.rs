@@ -76,9 +76,7 @@ impl fmt::Display for LocalError {
 }
 
 /// GET /ping, which needs no token, from this port.
-///
-/// # Errors
-/// When nobody answers in HTTP.
+/// Errors: when nobody answers in HTTP.
 pub(super) fn ping(port: u16) -> Result<Response, LocalError> {
     get(port, "/ping", None, ANSWER_MAX)
 }
@@ -183,9 +181,7 @@ pub(super) struct SecretRequest {
 impl<'a> AgentClient<'a> {
     /// The agent of this configuration, with the token that the daemon's own rule finds in this process's
     /// environment.
-    ///
-    /// # Errors
-    /// Why there is no token, and what to do, for a message.
+    /// Errors: why there is no token, and what to do, for a message.
     pub(super) fn of(config: &'a Config) -> Result<AgentClient<'a>, String> {
         let source = Source::find(&config.server.ssrf_env_variables, &|name| std::env::var_os(name))
             .map_err(|error| error.to_string())?;
@@ -197,9 +193,7 @@ impl<'a> AgentClient<'a> {
     }
 
     /// GET /status.
-    ///
-    /// # Errors
-    /// When nobody answers in HTTP.
+    /// Errors: when nobody answers in HTTP.
     pub(super) fn status(&self) -> Result<Response, LocalError> {
         self.get("/status", ANSWER_MAX)
     }
@@ -210,9 +204,7 @@ impl<'a> AgentClient<'a> {
     }
 
     /// The reply for a secret, whole.
-    ///
-    /// # Errors
-    /// Why there is none, in one line.
+    /// Errors: why there is none, in one line.
     pub(super) fn ask(&self, request: &SecretRequest) -> Result<Zeroizing<Vec<u8>>, String> {
         let reply = self.get(&target(request), SECRET_MAX).map_err(|error| error.to_string())?;
         match reply.status {
@@ -271,9 +263,7 @@ fn secret_data(response_type: ResponseType, body: &[u8]) -> Option<Zeroizing<Str
 }
 
 /// One member of `data`, which must be a JSON object: a string's text, anything else as JSON.
-///
-/// # Errors
-/// What is wrong, without showing any of it.
+/// Errors: what is wrong, without showing any of it.
 pub(super) fn field(data: &str, key: &str) -> Result<Zeroizing<String>, String> {
     let members =
         Members::of(data.as_bytes()).map_err(|_| "the secret is no JSON object, so it has no fields")?;

@@ -67,12 +67,3 @@ impl Display for LoadError {
         }
     }
 }
-
-impl std::error::Error for LoadError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            LoadError::Read { error, .. } => Some(error),
-            LoadError::Invalid { .. } => None,
-        }
-    }
-}

@@ -68,9 +68,7 @@ const KILLED_LEGACY: &[c_long] = &[];
 type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
 
 /// The system calls that are allowed, some of them with certain arguments only. Every other is refused (EPERM).
-///
-/// # Errors
-/// Never, unless the tables here break seccompiler's rules.
+/// Errors: never, unless the tables here break seccompiler's rules.
 fn allowed() -> Result<Rules, BackendError> {
     let mut rules: Rules =
         [ALLOWED, ALLOWED_LEGACY].concat().into_iter().map(|call| (call, vec![])).collect();
@@ -96,9 +94,7 @@ fn allowed() -> Result<Rules, BackendError> {
 }
 
 /// The system calls that end the process.
-///
-/// # Errors
-/// As [`allowed`].
+/// Errors: as [`allowed`].
 fn killed() -> Result<Rules, BackendError> {
     let mut rules: Rules = [KILLED, KILLED_LEGACY].concat().into_iter().map(|call| (call, vec![])).collect();
     // Another process; another thread is only refused.

@@ -83,9 +83,7 @@ impl Harden {
 
 /// No core dump of this process, and no other of the same user may read its memory. A program that takes its place
 /// (execve(2)) is as dumpable as any.
-///
-/// # Errors
-/// Never, as prctl(2) has it.
+/// Errors: never, as prctl(2) has it.
 pub(crate) fn forbid_dumps() -> Result<(), rustix::io::Errno> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }

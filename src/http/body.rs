@@ -83,9 +83,7 @@ enum ChunkState {
 
 impl Body {
     /// A body of at most `bytes_max` bytes, none of which has come.
-    ///
-    /// # Errors
-    /// [`ResponseError::BodyTooLarge`] if a longer one is announced.
+    /// Errors: [`ResponseError::BodyTooLarge`] if a longer one is announced.
     pub(crate) fn new(framing: Framing, bytes_max: usize) -> Result<Body, ResponseError> {
         let (state, capacity) = match framing {
             Framing::Length(0) => (State::Done, 0),
@@ -102,9 +100,7 @@ impl Body {
 
     /// Takes what belongs to the body off the front of `input`; gives back the rest. There is a rest only
     /// if the body is complete.
-    ///
-    /// # Errors
-    /// What is wrong with the body. It is of no use any more then.
+    /// Errors: what is wrong with the body. It is of no use any more then.
     pub(crate) fn feed<'a>(&mut self, mut input: &'a [u8]) -> Result<&'a [u8], ResponseError> {
         loop {
             match self.state {
@@ -140,9 +136,7 @@ impl Body {
     }
 
     /// The connection has ended.
-    ///
-    /// # Errors
-    /// [`ResponseError::Truncated`] if the body has not.
+    /// Errors: [`ResponseError::Truncated`] if the body has not.
     pub(crate) fn on_eof(&mut self) -> Result<(), ResponseError> {
         match self.state {
             State::Done => Ok(()),

@@ -3,7 +3,6 @@
 #![warn(clippy::indexing_slicing)]
 
 use std::borrow::Cow;
-use std::fmt;
 use zeroize::Zeroizing;
 
 /// Upper case, as RFC 3986 section 2.1 wants it and as Alibaba Cloud's signature does.
@@ -12,14 +11,6 @@ const HEX_DIGITS: &[u8; 16] = b"0123456789ABCDEF";
 /// Not valid percent-encoded UTF-8: a `%` without two hex digits after it, or bytes that are no text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadEncoding;
-
-impl fmt::Display for BadEncoding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("not percent-encoded UTF-8")
-    }
-}
-
-impl std::error::Error for BadEncoding {}
 
 /// Appends `text` to `out`, everything but RFC 3986's unreserved characters (`A-Za-z0-9-_.~`) encoded.
 ///

@@ -47,9 +47,7 @@ pub(crate) struct Chain {
 impl Chain {
     /// The providers that configuration and environment ask for. Says in the log which ones, and why not others
     /// before them.
-    ///
-    /// # Errors
-    /// When what is asked for cannot be: the message names key or variable.
+    /// Errors: when what is asked for cannot be: the message names key or variable.
     pub(crate) fn from_config(
         kms: &KmsSection,
         env: &dyn Fn(&str) -> Option<OsString>,
@@ -99,9 +97,7 @@ impl Chain {
     }
 
     /// Begins a conversation.
-    ///
-    /// # Errors
-    /// When it ends before anybody is asked.
+    /// Errors: when it ends before anybody is asked.
     pub(crate) fn begin(&mut self, now: Mono) -> Result<Next, IdentityError> {
         self.failed.clear();
         self.shared.metadata.begin(now);
@@ -109,29 +105,24 @@ impl Chain {
             self.stage = Stage::Region;
             return Ok(self.ask_region());
         }
-        self.begin_with(self.serving.unwrap_or(0), now)
+        self.begin_with(self.serving.unwrap_or(0))
     }
 
     fn ask_region(&self) -> Next {
         Next::Ask(self.shared.metadata.peer())
     }
 
-    fn begin_with(&mut self, at: usize, now: Mono) -> Result<Next, IdentityError> {
+    fn begin_with(&mut self, at: usize) -> Result<Next, IdentityError> {
         self.stage = Stage::Provider(at);
         let Some(provider) = self.providers.get_mut(at) else {
             return Err(IdentityError::Everyone(std::mem::take(&mut self.failed)));
         };
-        let outcome = provider.begin(&mut self.shared, now);
-        self.go_on(at, outcome, now)
+        let outcome = provider.begin(&mut self.shared);
+        self.go_on(at, outcome)
     }
 
     /// What follows from a provider's step.
-    fn go_on(
-        &mut self,
-        at: usize,
-        outcome: Result<Next, IdentityError>,
-        now: Mono,
-    ) -> Result<Next, IdentityError> {
+    fn go_on(&mut self, at: usize, outcome: Result<Next, IdentityError>) -> Result<Next, IdentityError> {
         match outcome {
             Ok(Next::Done(grant)) => {
                 self.serving = Some(at);
@@ -142,7 +133,7 @@ impl Chain {
             }
             Err(error) if self.serving.is_none() && self.providers.len() > 1 => {
                 self.failed.push((self.name_of(at), error));
-                self.begin_with(at.saturating_add(1), now)
+                self.begin_with(at.saturating_add(1))
             }
             other => other,
         }
@@ -162,9 +153,7 @@ impl Chain {
     }
 
     /// Takes the answer to it.
-    ///
-    /// # Errors
-    /// When the conversation has ended without credentials.
+    /// Errors: when the conversation has ended without credentials.
     pub(crate) fn on_answer(
         &mut self,
         answer: Result<&Response, &CallError>,
@@ -177,15 +166,13 @@ impl Chain {
                 if self.shared.region.is_none() {
                     return Ok(self.ask_region());
                 }
-                self.begin_with(self.serving.unwrap_or(0), now.mono)
+                self.begin_with(self.serving.unwrap_or(0))
             }
-            Stage::Provider(at) => match self.providers.get_mut(at) {
-                Some(provider) => {
-                    let outcome = provider.on_answer(&mut self.shared, answer, now);
-                    self.go_on(at, outcome, now.mono)
-                }
-                None => self.begin_with(at, now.mono),
-            },
+            Stage::Provider(at) => {
+                let Some(provider) = self.providers.get_mut(at) else { return self.begin_with(at) };
+                let outcome = provider.on_answer(&mut self.shared, answer, now);
+                self.go_on(at, outcome)
+            }
         }
     }
 }

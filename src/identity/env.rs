@@ -20,16 +20,12 @@ impl fmt::Display for NotConfigured {
     }
 }
 
-impl std::error::Error for NotConfigured {}
-
 /// The environment. A variable that is set to nothing is as good as not set.
 pub(crate) struct Env<'a>(pub(crate) &'a dyn Fn(&str) -> Option<OsString>);
 
 impl Env<'_> {
     /// A variable's value.
-    ///
-    /// # Errors
-    /// When it is not UTF-8.
+    /// Errors: when it is not UTF-8.
     pub(crate) fn text(&self, name: &str) -> Result<Option<String>, NotConfigured> {
         let value = (self.0)(name).map(OsString::into_string).transpose();
         let value =
@@ -43,9 +39,7 @@ impl Env<'_> {
     }
 
     /// The values of variables that must all be set.
-    ///
-    /// # Errors
-    /// Those that are not set, or that one is not UTF-8.
+    /// Errors: those that are not set, or that one is not UTF-8.
     pub(crate) fn need<const N: usize>(&self, names: [&str; N]) -> Result<[String; N], NotConfigured> {
         let is_missing = |name: &&&str| (self.0)(name).is_none_or(|value| value.is_empty());
         let missing: Vec<&str> = names.iter().filter(is_missing).copied().collect();

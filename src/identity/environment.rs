@@ -8,7 +8,7 @@ use crate::http::response::Response;
 use crate::kms::sign::Credentials;
 use crate::random::Random;
 use crate::secret::Secret;
-use crate::time::{Mono, Now};
+use crate::time::Now;
 use std::rc::Rc;
 
 /// What the log calls it.
@@ -25,9 +25,7 @@ pub(crate) struct Environment(Rc<Credentials>);
 
 impl Environment {
     /// The variables' access key.
-    ///
-    /// # Errors
-    /// Which variable is missing, or has a value that cannot be one.
+    /// Errors: which variable is missing, or has a value that cannot be one.
     pub(crate) fn find(env: &Env<'_>) -> Result<Environment, NotConfigured> {
         let ([id, secret], token) = (env.need([ID, SECRET])?, env.text(TOKEN)?);
         for (name, value) in [(ID, Some(&id)), (SECRET, Some(&secret)), (TOKEN, token.as_ref())] {
@@ -52,7 +50,7 @@ impl Provider for Environment {
         NAME
     }
 
-    fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
+    fn begin(&mut self, _: &mut Shared) -> Result<Next, IdentityError> {
         Ok(Next::Done(Grant { credentials: Rc::clone(&self.0), life: None }))
     }
 
@@ -63,8 +61,8 @@ impl Provider for Environment {
         &mut self,
         shared: &mut Shared,
         _: Result<&Response, &CallError>,
-        now: Now,
+        _: Now,
     ) -> Result<Next, IdentityError> {
-        self.begin(shared, now.mono)
+        self.begin(shared)
     }
 }

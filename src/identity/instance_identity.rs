@@ -27,7 +27,7 @@ use crate::http::response::Response;
 use crate::random::Random;
 use crate::secret::Secret;
 use crate::text::hex;
-use crate::time::{Mono, Now, rfc_3339};
+use crate::time::{Now, rfc_3339};
 use std::rc::Rc;
 use zeroize::Zeroizing;
 
@@ -63,7 +63,7 @@ impl Provider for InstanceIdentity {
         "the application access point"
     }
 
-    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
+    fn begin(&mut self, shared: &mut Shared) -> Result<Next, IdentityError> {
         self.identity = None;
         Ok(Next::Ask(shared.metadata.peer()))
     }

@@ -92,9 +92,7 @@ impl Metadata {
     }
 
     /// Takes the answer. `Some`: the reply to the GET, whatever its status; `None`: ask once more.
-    ///
-    /// # Errors
-    /// When the service cannot be asked.
+    /// Errors: when the service cannot be asked.
     pub(crate) fn on_answer<'a>(
         &mut self,
         answer: Result<&'a Response, &CallError>,
@@ -145,9 +143,7 @@ impl Metadata {
     }
 
     /// Takes the answer. `None`: ask once more.
-    ///
-    /// # Errors
-    /// When there is no region to be had.
+    /// Errors: when there is no region to be had.
     pub(crate) fn on_region_answer(
         &mut self,
         answer: Result<&Response, &CallError>,

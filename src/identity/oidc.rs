@@ -14,7 +14,7 @@ use crate::log::Reason;
 use crate::random::Random;
 use crate::secret::Secret;
 use crate::text::hex;
-use crate::time::{Mono, Now, rfc_3339};
+use crate::time::{Now, rfc_3339};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -53,9 +53,7 @@ impl Oidc {
     /// What the variables say, which are those of the official SDKs; `ALIBABA_CLOUD_STS_ENDPOINT` is what ACK
     /// sets beside them in a pod. STS's own region goes before that of KMS: `sts-vpc` is to be reached from
     /// within its region only.
-    ///
-    /// # Errors
-    /// Which variable is missing, or has a value that cannot be one.
+    /// Errors: which variable is missing, or has a value that cannot be one.
     pub(crate) fn find(env: &Env<'_>, kms: &config::KmsSection) -> Result<Oidc, NotConfigured> {
         let [role_arn, provider_arn, token_file] = env.need([ROLE_ARN, PROVIDER_ARN, TOKEN_FILE])?;
         let in_vpc = env.is_true(VPC);
@@ -109,7 +107,7 @@ impl Provider for Oidc {
         "the OIDC role"
     }
 
-    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
+    fn begin(&mut self, shared: &mut Shared) -> Result<Next, IdentityError> {
         self.token = read_token(&self.token_file)
             .map_err(|why| IdentityError::TokenFile(self.token_file.clone(), why))?;
         Ok(Next::Ask(self.peer(shared.region.as_deref())))

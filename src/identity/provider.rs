@@ -7,7 +7,7 @@ use crate::call::CallError;
 use crate::http::response::Response;
 use crate::kms::sign::Credentials;
 use crate::random::Random;
-use crate::time::{Mono, Now};
+use crate::time::Now;
 use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
@@ -21,19 +21,15 @@ pub(crate) trait Provider: fmt::Debug {
     fn name(&self) -> &'static str;
 
     /// Begins a conversation.
-    ///
-    /// # Errors
-    /// When there is not even a question to ask.
-    fn begin(&mut self, shared: &mut Shared, now: Mono) -> Result<Next, IdentityError>;
+    /// Errors: when there is not even a question to ask.
+    fn begin(&mut self, shared: &mut Shared) -> Result<Next, IdentityError>;
 
     /// Writes the request of the question asked last, whole. Again for the same question, when its
     /// connection turned out to be dead.
     fn write_request(&self, shared: &Shared, out: &mut Vec<u8>, now: Now, random: &mut Random);
 
     /// Takes the answer to it.
-    ///
-    /// # Errors
-    /// When the conversation cannot go on; the message says what to do about it.
+    /// Errors: when the conversation cannot go on; the message says what to do about it.
     fn on_answer(
         &mut self,
         shared: &mut Shared,

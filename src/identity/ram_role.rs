@@ -9,7 +9,7 @@ use crate::call::CallError;
 use crate::http::response::Response;
 use crate::random::Random;
 use crate::text::is_role_name;
-use crate::time::{Mono, Now};
+use crate::time::Now;
 
 const PATH: &str = "/latest/meta-data/ram/security-credentials/";
 
@@ -34,7 +34,7 @@ impl Provider for RamRole {
         "the instance's RAM role"
     }
 
-    fn begin(&mut self, shared: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
+    fn begin(&mut self, shared: &mut Shared) -> Result<Next, IdentityError> {
         self.role.clone_from(&self.wanted);
         Ok(Next::Ask(shared.metadata.peer()))
     }

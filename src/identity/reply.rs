@@ -21,9 +21,7 @@ const QUOTED_BYTES_MIN: usize = 8;
 
 /// Reads `{"Code":"Success","AccessKeyId":..,"AccessKeySecret":..,"SecurityToken":..,"Expiration":..}`, as the
 /// metadata service and a credentials URI give it. `unix_s`: the time by which its end is judged.
-///
-/// # Errors
-/// When it is not that, or the credentials are past their end.
+/// Errors: when it is not that, or the credentials are past their end.
 pub(super) fn flat(asked: CredentialSource, body: &[u8], unix_s: i64) -> Result<Grant, IdentityError> {
     let members = Members::of(body).unwrap_or_default();
     let grant = match members.text("Code") {
@@ -36,9 +34,7 @@ pub(super) fn flat(asked: CredentialSource, body: &[u8], unix_s: i64) -> Result<
 
 /// Reads `{"Credentials":{"AccessKeyId":..,"AccessKeySecret":..,"SecurityToken":..,"Expiration":..}}`, as STS
 /// gives it, or its refusal. `shown`: the token that was shown, for the case that the refusal quotes it.
-///
-/// # Errors
-/// When it is not that, or the credentials are past their end.
+/// Errors: when it is not that, or the credentials are past their end.
 pub(super) fn nested(
     asked: CredentialSource,
     response: &Response,

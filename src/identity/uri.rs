@@ -11,7 +11,7 @@ use crate::config::HostPort;
 use crate::http::response::Response;
 use crate::random::Random;
 use crate::secret::Secret;
-use crate::time::{Mono, Now};
+use crate::time::Now;
 use std::rc::Rc;
 
 const URI: &str = "ALIBABA_CLOUD_CREDENTIALS_URI";
@@ -25,9 +25,7 @@ pub(crate) struct CredentialsUri {
 
 impl CredentialsUri {
     /// What the variable says.
-    ///
-    /// # Errors
-    /// When it is missing, or not a URI that can be asked. Its value is not shown.
+    /// Errors: when it is missing, or not a URI that can be asked. Its value is not shown.
     pub(crate) fn find(env: &Env<'_>) -> Result<CredentialsUri, NotConfigured> {
         let [uri] = env.need([URI])?;
         parse(&uri).ok_or_else(|| {
@@ -62,7 +60,7 @@ impl Provider for CredentialsUri {
         "the credentials URI"
     }
 
-    fn begin(&mut self, _: &mut Shared, _: Mono) -> Result<Next, IdentityError> {
+    fn begin(&mut self, _: &mut Shared) -> Result<Next, IdentityError> {
         Ok(Next::Ask(self.peer.clone()))
     }
 
@@ -92,6 +90,7 @@ impl Provider for CredentialsUri {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::time::Mono;
 
     #[test]
     fn uris_are_taken_apart_or_refused() {

@@ -98,8 +98,6 @@ impl fmt::Display for KmsError {
     }
 }
 
-impl std::error::Error for KmsError {}
-
 /// Reads the reply to a request for the secret `asked_id` (a name or an ARN). `now_unix_s` tells a
 /// rotation to come from one that is past.
 #[must_use]

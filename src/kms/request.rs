@@ -44,8 +44,6 @@ impl fmt::Display for RequestError {
     }
 }
 
-impl std::error::Error for RequestError {}
-
 /// Appends a signed `GetSecretValue` request, head and (empty) body, to `out`.
 ///
 /// `host` is `name[:port]` as the `Host` header has it. `secret_id`, `version_id` and `version_stage` may
