@@ -7,11 +7,10 @@
 
 mod common;
 
-use common::{Agent, binary, emulator};
+use common::{Agent, binary, command, emulator};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// A newcomer reads the README; what needs more room has a document of its own.
 const README_LINES_MAX: usize = 180;
@@ -334,9 +333,9 @@ fn every_metric_and_error_code_stands_in_the_documents() {
     }
 }
 
-fn help(command: &str) -> String {
-    let words = command.split_whitespace().chain(["--help"]);
-    let output = Command::new(binary()).args(words).output().unwrap();
+fn help(name: &str) -> String {
+    let words = name.split_whitespace().chain(["--help"]);
+    let output = command(binary()).args(words).output().unwrap();
     assert!(output.status.success());
     String::from_utf8(output.stdout).unwrap()
 }

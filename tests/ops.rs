@@ -677,7 +677,7 @@ fn what_it_cannot_start_with_is_told_in_one_line() {
     }
     let (code, stderr) = setup().token_variable("file://kmstoken").start_in_vain();
     assert!(
-        code == 2 && stderr.contains("KMS_TOKEN: file:// must be followed by an absolute path"),
+        code == 2 && stderr.contains("KMS_TOKEN: after file:// it must have an absolute path"),
         "{stderr}"
     );
 }

@@ -35,7 +35,8 @@ assert (pool.num_connections, pool.num_requests) == (1, 251), (pool.num_connecti
 reply = session.post(agent + "/v1/a", data=b"x" * 100_000, timeout=15)
 assert (reply.status_code, reply.headers["Allow"], reply.headers["Connection"]) == (405, "GET, HEAD", "close"), reply.headers
 assert session.get(agent + "/v1/a", timeout=15).json()["SecretData"] == "1"
-assert session.get(agent + "/v1/a?refreshNow=yes", timeout=15).json()["Message"] == "invalid refreshNow value"
+reply = session.get(agent + "/v1/a?refreshNow=yes", timeout=15).json()
+assert reply["Message"] == "invalid refreshNow value: it must be true, false, 1 or 0", reply
 
 # urllib says `Connection: close` each time.
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
