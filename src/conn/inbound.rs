@@ -97,6 +97,7 @@ pub(crate) struct Input<'a> {
 }
 
 impl Input<'_> {
+    #[inline]
     pub(crate) fn bytes(&self) -> &[u8] {
         self.kept.as_ref().map_or(self.fresh, Buf::as_slice)
     }
@@ -139,6 +140,7 @@ impl Inbound {
     }
 
     /// When it is to be closed if nothing happens.
+    #[inline]
     pub(crate) fn deadline(&self) -> Mono {
         match (&self.unsent, &self.state) {
             // A client whose replies are unsent is not read either: its head's time does not run.
@@ -263,6 +265,7 @@ impl Inbound {
     ///
     /// # Errors
     /// Where they do not fit, which the limits of heads and reads rule out.
+    #[inline]
     pub(crate) fn on_bytes<'a>(
         &mut self,
         fresh: &'a [u8],
@@ -337,33 +340,27 @@ impl Inbound {
     /// closed. If it [lingers](Inbound::is_lingering) now, only our side of it is.
     pub(crate) fn send(
         &mut self,
-        mut more: &[u8],
+        more: &[u8],
         now: Mono,
         mut write: impl FnMut(&[u8]) -> io::Result<usize>,
     ) -> bool {
         let sends = !more.is_empty() || self.unsent.is_some();
-        loop {
-            let bytes = self.unsent.as_ref().map_or(more, |(unsent, _)| unsent.as_slice());
-            if bytes.is_empty() {
-                return self.on_sent(sends, now);
+        if let Some((unsent, _)) = &mut self.unsent {
+            let Ok(count) = write_all(unsent.as_slice(), &mut write) else { return false };
+            unsent.consume(count);
+            if !unsent.is_empty() {
+                return keep(unsent, more);
             }
-            match (write(bytes), &mut self.unsent) {
-                (Ok(count), Some((unsent, _))) => unsent.consume(count),
-                (Ok(count), None) => {
-                    debug_assert!(count <= more.len());
-                    more = more.get(count..).unwrap_or_default();
-                }
-                (Err(error), _) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let (unsent, _) =
-                        self.unsent.get_or_insert_with(|| (Buf::with_max(UNSENT_BYTES_MAX), now));
-                    let fits = unsent.extend(more).is_ok();
-                    debug_assert!(fits, "more replies than a client can ask for");
-                    return fits;
-                }
-                (Err(error), _) if error.kind() == io::ErrorKind::Interrupted => {}
-                (Err(_), _) => return false,
+            self.unsent = None;
+        }
+        let Ok(count) = write_all(more, &mut write) else { return false };
+        debug_assert!(count <= more.len());
+        match more.get(count..) {
+            Some(rest @ [_, ..]) => {
+                let (unsent, _) = self.unsent.insert((Buf::with_max(UNSENT_BYTES_MAX), now));
+                keep(unsent, rest)
             }
-            self.unsent.take_if(|(unsent, _)| unsent.is_empty());
+            _ => self.on_sent(sends, now),
         }
     }
 
@@ -391,9 +388,30 @@ fn input() -> Buf {
 
 fn kept(rest: &[u8]) -> Buf {
     let mut kept = input();
-    let fits = kept.extend(rest).is_ok();
-    debug_assert!(fits, "it is the rest of such a buffer");
+    keep(&mut kept, rest);
     kept
+}
+
+/// Appends `bytes`; `false`, which the limits of reads and replies rule out: they do not fit.
+fn keep(buf: &mut Buf, bytes: &[u8]) -> bool {
+    let fits = buf.extend(bytes).is_ok();
+    debug_assert!(fits, "{} bytes on top of {}", bytes.len(), buf.len());
+    fits
+}
+
+/// Writes until the socket takes no more, or all is written; gives how much it took.
+#[inline]
+fn write_all(bytes: &[u8], mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<usize> {
+    let mut taken = 0;
+    while let Some(rest @ [_, ..]) = bytes.get(taken..) {
+        match write(rest) {
+            Ok(count) => taken += count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(taken)
 }
 
 #[cfg(test)]

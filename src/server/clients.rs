@@ -283,6 +283,7 @@ impl Clients {
     }
 
     /// Takes a connection out of its slot for a moment; [`Clients::settle`] brings it back.
+    #[inline]
     fn take(&mut self, token: Token) -> Option<Client> {
         let client = Client { token, conn: self.slots.take(token)? };
         self.head_bytes -= client.conn.head_bytes();
@@ -296,7 +297,7 @@ impl Clients {
         }
         let Client { token, conn } = client;
         ctx.wake_at(conn.deadline());
-        if conn.makes_room(ctx.now.mono).is_some() {
+        if self.accepting.room_at > ctx.now.mono && conn.makes_room(ctx.now.mono).is_some() {
             self.accepting.room_at = ctx.now.mono;
         }
         if conn.can_go_on() {

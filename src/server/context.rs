@@ -49,6 +49,7 @@ impl<N: Net> Ctx<N> {
     }
 
     /// Reads at most `bytes_max` bytes into the scratch.
+    #[inline]
     pub(super) fn read(&mut self, token: Token, bytes_max: usize) -> io::Result<usize> {
         debug_assert!(bytes_max <= self.scratch.len(), "the scratch is in use");
         self.net.read(token, self.scratch.get_mut(..bytes_max).unwrap_or_default())

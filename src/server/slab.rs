@@ -137,6 +137,7 @@ impl<T> Slab<T> {
         self.generation
     }
 
+    #[inline]
     fn slot(&mut self, token: Token) -> Option<&mut Slot<T>> {
         let index = token.slot.checked_sub(self.base)? as usize;
         self.slots.get_mut(index).filter(|slot| slot.reserved && slot.generation == token.generation)
