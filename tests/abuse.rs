@@ -121,7 +121,6 @@ fn assert_busy_reply(reply: &Reply) {
     assert_eq!((reply.header("Retry-After"), reply.closes()), (Some("1"), true));
 }
 
-#[test]
 fn idle_connections_make_room_longest_idle_first() {
     const MAX: usize = 8;
     let emulator = emulator(&[("a", "1")]);
@@ -154,7 +153,6 @@ fn idle_connections_make_room_longest_idle_first() {
     finish(agent);
 }
 
-#[test]
 fn heads_a_second_old_make_room_oldest_first() {
     const MAX: usize = 4;
     let emulator = emulator(&[("a", "1"), ("slow", "2")]);
@@ -203,7 +201,6 @@ fn heads_a_second_old_make_room_oldest_first() {
     finish(agent);
 }
 
-#[test]
 fn only_when_all_are_really_busy_the_next_is_told_so() {
     const MAX: usize = 8;
     let emulator = emulator(&[("a", "1"), ("slow", "2")]);
@@ -263,7 +260,6 @@ fn only_when_all_are_really_busy_the_next_is_told_so() {
     finish(agent);
 }
 
-#[test]
 fn the_cap_is_the_documented_800() {
     let Some(_turn) = turn() else { return };
     const MAX: usize = 800;
@@ -294,7 +290,6 @@ fn the_cap_is_the_documented_800() {
     finish(agent);
 }
 
-#[test]
 fn at_the_cap_the_next_is_told_so_and_pings_are_answered() {
     let emulator = emulator(&[("slow", "s"), ("a", "1")]);
     emulator.delay_secret("slow", Duration::from_secs(2));
@@ -324,7 +319,6 @@ fn at_the_cap_the_next_is_told_so_and_pings_are_answered() {
     assert_eq!(agent.secret("a").verdict(), "200 HIT");
 }
 
-#[test]
 fn connections_leave_no_descriptor_behind() {
     let emulator = emulator(&[("a", "1")]);
     let agent = Agent::start(&emulator);
@@ -390,22 +384,18 @@ fn new_clients_beside(first: &str, then: &str) {
     finish(agent);
 }
 
-#[test]
 fn trickling_clients_keep_nobody_waiting() {
     new_clients_beside("G", "E");
 }
 
-#[test]
 fn half_open_heads_keep_nobody_waiting() {
     new_clients_beside("GET /v1/a HTTP/1.1\r\nHost: localhost\r\nX-KMS-Token: ", "");
 }
 
-#[test]
 fn silent_clients_keep_nobody_waiting() {
     new_clients_beside("", "");
 }
 
-#[test]
 fn unfinished_heads_together_hold_little_memory() {
     let Some(_turn) = turn() else { return };
     let emulator = emulator(&[("a", "1")]);
@@ -437,7 +427,6 @@ fn unfinished_heads_together_hold_little_memory() {
     finish(agent);
 }
 
-#[test]
 fn who_never_reads_makes_room_after_a_second() {
     const MAX: usize = 4;
     let emulator = emulator(&[("a", "1")]);
@@ -463,7 +452,6 @@ fn who_never_reads_makes_room_after_a_second() {
 }
 
 /// Without a token, too: a ping is enough.
-#[test]
 fn many_that_ask_and_never_read_hold_little_memory() {
     let Some(_turn) = turn() else { return };
     const COUNT: usize = 400;
@@ -493,7 +481,6 @@ fn many_that_ask_and_never_read_hold_little_memory() {
     finish(agent);
 }
 
-#[test]
 fn without_descriptors_it_neither_spins_nor_floods_its_log() {
     let emulator = emulator(&[("a", "1"), ("slow", "2")]);
     let agent = capped(&emulator, 800);
@@ -526,7 +513,6 @@ fn without_descriptors_it_neither_spins_nor_floods_its_log() {
     finish(agent);
 }
 
-#[test]
 fn a_flood_of_refusals_does_not_fill_the_log() {
     let emulator = emulator(&[("a", "1")]);
     let agent = capped(&emulator, 800);
@@ -551,7 +537,6 @@ fn a_flood_of_refusals_does_not_fill_the_log() {
 }
 
 /// Three that take their time, side by side.
-#[test]
 fn deadlines() {
     thread::scope(|scope| {
         scope.spawn(whoever_breaks_a_deadline_is_closed);
@@ -719,7 +704,6 @@ fn who_reads_slowly_gets_everything() {
     finish(agent);
 }
 
-#[test]
 fn clients_that_vanish_leave_nothing_behind() {
     let emulator = emulator(&[("a", "1"), ("slow", "2")]);
     let agent = capped(&emulator, 800);
@@ -736,3 +720,22 @@ fn clients_that_vanish_leave_nothing_behind() {
     wait_until("all descriptors are free again", || descriptors(&agent) <= before);
     finish(agent);
 }
+
+timed_tests!(
+    idle_connections_make_room_longest_idle_first,
+    heads_a_second_old_make_room_oldest_first,
+    only_when_all_are_really_busy_the_next_is_told_so,
+    the_cap_is_the_documented_800,
+    at_the_cap_the_next_is_told_so_and_pings_are_answered,
+    connections_leave_no_descriptor_behind,
+    trickling_clients_keep_nobody_waiting,
+    half_open_heads_keep_nobody_waiting,
+    silent_clients_keep_nobody_waiting,
+    unfinished_heads_together_hold_little_memory,
+    who_never_reads_makes_room_after_a_second,
+    many_that_ask_and_never_read_hold_little_memory,
+    without_descriptors_it_neither_spins_nor_floods_its_log,
+    a_flood_of_refusals_does_not_fill_the_log,
+    deadlines,
+    clients_that_vanish_leave_nothing_behind,
+);

@@ -143,8 +143,7 @@ fn example_in_java() {
 }
 
 /// Compiles once, for `source` is a file or a folder with one.
-fn go(source: &Path, folder: &Folder) -> Option<PathBuf> {
-    let go = tool("go")?;
+fn build(go: &Path, source: &Path, folder: &Folder) -> PathBuf {
     let program = folder.join("program");
     let (inside, what) = match source.is_dir() {
         true => (source, "."),
@@ -163,17 +162,15 @@ fn go(source: &Path, folder: &Folder) -> Option<PathBuf> {
     }
     let (code, _, stderr) = run(command.args(["build", "-o"]).arg(&program).arg(what), "");
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
-    Some(program)
+    program
 }
 
 #[test]
 fn go_clients() {
+    let Some(go) = tool("go") else { return };
     let folders = [Folder::new(), Folder::new()];
-    let (Some(documented), Some(many)) =
-        (go(&example("go"), &folders[0]), go(&script("many.go"), &folders[1]))
-    else {
-        return;
-    };
+    let documented = build(&go, &example("go"), &folders[0]);
+    let many = build(&go, &script("many.go"), &folders[1]);
     check_example(&[documented.as_os_str()], line);
     let (_emulator, agent) = kms();
     expect_ok(command(many).args([url(&agent), TOKEN.to_owned()]), "");

@@ -89,7 +89,6 @@ fn kms_arrivals(emulator: &Emulator, name: &str) -> Vec<Instant> {
     records.iter().filter(of).map(|it| it.arrived).collect()
 }
 
-#[test]
 fn fifty_readers_of_a_slow_miss_are_one_call() {
     let emulator = emulator(&[("slow", "v1")]);
     let agent = Agent::start(&emulator);
@@ -140,7 +139,6 @@ impl Down {
     }
 }
 
-#[test]
 fn outage_serves_stale_values_and_ends_by_itself() {
     let ways = [
         Down::Refuses,
@@ -207,7 +205,6 @@ fn outage(way: Down) -> String {
     )
 }
 
-#[test]
 fn stale_values_have_an_end() {
     let emulator = emulator(&[("db", "old")]);
     let agent = setup(&emulator, 1).key("Cache", "MaxStaleSeconds", 2).start();
@@ -235,7 +232,6 @@ fn stale_values_have_an_end() {
     assert!(stale > 5, "{stale}");
 }
 
-#[test]
 fn without_ignore_transient_errors_an_expired_value_is_an_error() {
     let emulator = emulator(&[("db", "old")]);
     let agent = setup(&emulator, 1).key("Server", "IgnoreTransientErrors", false).start();
@@ -246,7 +242,6 @@ fn without_ignore_transient_errors_an_expired_value_is_an_error() {
     assert_eq!(agent.secret("db").verdict(), "503 ServiceUnavailableTemporary");
 }
 
-#[test]
 fn a_deleted_secret_is_never_stale_and_its_refusal_is_remembered() {
     let emulator = emulator(&[("db", "old")]);
     let agent = setup(&emulator, 1).start();
@@ -277,7 +272,6 @@ fn a_deleted_secret_is_never_stale_and_its_refusal_is_remembered() {
     println!("must show: a deleted secret: refused at once, {readers} readers in 4 s: no further call");
 }
 
-#[test]
 fn lost_permission_drops_a_fresh_value_too() {
     let emulator = emulator(&[("db", "old")]);
     let agent = Agent::start(&emulator);
@@ -292,7 +286,6 @@ fn lost_permission_drops_a_fresh_value_too() {
     assert_eq!(agent.secret("db").verdict(), "502 UpstreamUnreachable");
 }
 
-#[test]
 fn readers_of_a_hot_secret_never_wait() {
     const CALL: Duration = ms(600);
     let emulator = emulator(&[("hot", "v")]);
@@ -316,7 +309,6 @@ fn readers_of_a_hot_secret_never_wait() {
     println!("must show: hot secret, KMS of {CALL:?}: slowest of {reads} reads {slowest:?}, {calls} calls");
 }
 
-#[test]
 fn two_hundred_misses_at_once_use_eight_connections() {
     let secrets: Vec<NewSecret> =
         (0..200).map(|it| NewSecret::generic(&format!("s{it}"), &format!("v{it}"))).collect();
@@ -338,7 +330,6 @@ fn two_hundred_misses_at_once_use_eight_connections() {
     );
 }
 
-#[test]
 fn a_slow_secret_delays_no_other() {
     let names: Vec<String> = (0..40).map(|it| format!("quick{it}")).collect();
     let mut secrets: Vec<(&str, &str)> = names.iter().map(|it| (it.as_str(), "v")).collect();
@@ -362,7 +353,6 @@ fn a_slow_secret_delays_no_other() {
     });
 }
 
-#[test]
 fn a_servers_wish_to_be_left_alone_is_honoured() {
     let cases = [
         ("Retry-After", "3", ms(3000)),
@@ -391,7 +381,6 @@ fn a_servers_wish_to_be_left_alone_is_honoured() {
     println!("Retry-After 3 s, x-acs-retry-after 2.5 s and 1.5 s: asked again after {pauses:?}");
 }
 
-#[test]
 fn a_reader_without_a_cached_value_waits_out_a_short_wish_and_not_a_long_one() {
     let emulator = emulator(&[("a", "v"), ("b", "v")]);
     let agent = Agent::start(&emulator);
@@ -411,7 +400,6 @@ fn a_reader_without_a_cached_value_waits_out_a_short_wish_and_not_a_long_one() {
     println!("Retry-After: 60 without a cached value: {} calls for 5 readers", emulator.counters().gets("b"));
 }
 
-#[test]
 fn without_a_cached_value_there_are_three_tries_in_eight_seconds() {
     // What happens, what the reader is told, tries, seconds.
     let cases: [(Down, &str, &str, usize, std::ops::Range<f64>); 6] = [
@@ -448,7 +436,6 @@ fn without_a_cached_value_there_are_three_tries_in_eight_seconds() {
     }
 }
 
-#[test]
 fn refresh_now_is_coalesced_and_limited_to_one_fetch_a_second() {
     let emulator = emulator(&[("db", "v1")]);
     let agent = Agent::start(&emulator);
@@ -486,7 +473,6 @@ fn refresh_now_is_coalesced_and_limited_to_one_fetch_a_second() {
     println!("refreshNow: 20 at once: 1 call; {wishes} in 3.3 s: {calls} calls");
 }
 
-#[test]
 fn a_failed_refresh_now_gives_the_error_and_keeps_the_value() {
     let emulator = emulator(&[("db", "v1")]);
     let agent = setup(&emulator, 60).start();
@@ -500,7 +486,6 @@ fn a_failed_refresh_now_gives_the_error_and_keeps_the_value() {
     assert_age(&reply, fetched, asked);
 }
 
-#[test]
 fn refresh_now_is_not_content_with_a_call_that_began_before_it() {
     let emulator = emulator(&[("db", "new")]);
     let agent = Agent::start(&emulator);
@@ -532,7 +517,6 @@ fn thirty(ttl_s: u64) -> (Emulator, Agent, Vec<String>) {
     (emulator, agent, names)
 }
 
-#[test]
 fn an_open_circuit_makes_few_tries() {
     let (emulator, agent, names) = thirty(1);
     emulator.set_kms_mode(KmsMode::Close).unwrap();
@@ -574,7 +558,6 @@ fn an_open_circuit_makes_few_tries() {
     );
 }
 
-#[test]
 fn an_open_circuit_makes_one_try_at_a_time() {
     let (emulator, agent, names) = thirty(1);
     emulator.set_kms_mode(KmsMode::StallHandshake).unwrap();
@@ -602,7 +585,6 @@ fn an_open_circuit_makes_one_try_at_a_time() {
     println!("circuit: at most {most} connection at a time, {probes} probes in 4 s");
 }
 
-#[test]
 fn refused_credentials_are_renewed_once_and_the_call_is_retried() {
     type Act = fn(&Emulator);
     let acts: [(&str, Act); 3] = [
@@ -634,7 +616,6 @@ fn refused_credentials_are_renewed_once_and_the_call_is_retried() {
     }
 }
 
-#[test]
 fn credentials_revoked_for_good_are_an_error_or_a_stale_value() {
     let emulator = emulator(&[("db", "old"), ("other", "v")]);
     let agent = setup(&emulator, 1).start();
@@ -653,7 +634,6 @@ fn credentials_revoked_for_good_are_an_error_or_a_stale_value() {
     assert_eq!(reply.verdict(), "200 MISS");
 }
 
-#[test]
 fn metadata_down_past_the_credentials_end_says_so_and_heals() {
     let secrets = ["db", "fresh"].into_iter().map(|name| NewSecret::generic(name, "v")).collect::<Vec<_>>();
     let options = Options { secrets, credentials_lifetime_s: 8, ..Options::default() };
@@ -698,7 +678,6 @@ fn metadata_down_past_the_credentials_end_says_so_and_heals() {
     );
 }
 
-#[test]
 fn an_agent_that_starts_without_metadata_serves_once_it_is_there() {
     for fault in [MetadataFault::Refuse, MetadataFault::Status500, MetadataFault::Garbage] {
         let options = Options {
@@ -714,7 +693,6 @@ fn an_agent_that_starts_without_metadata_serves_once_it_is_there() {
     }
 }
 
-#[test]
 fn a_skewed_clock_is_corrected_from_the_servers_date() {
     for offset_s in [1200, -1200] {
         let secrets = ["a", "b"].into_iter().map(|name| NewSecret::generic(name, "v")).collect();
@@ -735,7 +713,6 @@ fn a_skewed_clock_is_corrected_from_the_servers_date() {
     }
 }
 
-#[test]
 fn a_timestamp_that_is_never_right_is_an_error() {
     for code in ["IllegalTimestamp", "InvalidTimeStamp.Expired"] {
         let emulator = emulator(&[("db", "v")]);
@@ -748,7 +725,6 @@ fn a_timestamp_that_is_never_right_is_an_error() {
     }
 }
 
-#[test]
 fn signature_refusals_and_senseless_replies_say_nothing_about_the_secret() {
     let emulator = emulator(&[("db", "old")]);
     let agent = setup(&emulator, 1).start();
@@ -768,7 +744,6 @@ fn signature_refusals_and_senseless_replies_say_nothing_about_the_secret() {
     }
 }
 
-#[test]
 fn throttling_is_transient_whatever_its_status() {
     for (status, code) in [(400, "Throttling"), (400, "Throttling.User"), (429, "Rejected.Throttling")] {
         let emulator = emulator(&[("db", "old")]);
@@ -782,7 +757,6 @@ fn throttling_is_transient_whatever_its_status() {
     }
 }
 
-#[test]
 fn an_announced_rotation_ends_a_values_life() {
     let mut secret = NewSecret::ecs_password("ecs", "i-1", "root", "first-Passw0rd");
     secret.rotation_interval_s = Some(3);
@@ -801,7 +775,6 @@ fn an_announced_rotation_ends_a_values_life() {
     assert_eq!(second.data(), emulator.current_value("ecs").unwrap());
 }
 
-#[test]
 fn a_pooled_connection_that_the_peer_closed_is_no_failure() {
     let emulator = emulator(&[("a", "v"), ("b", "v"), ("c", "v")]);
     let agent = Agent::start(&emulator);
@@ -827,7 +800,6 @@ fn a_pooled_connection_that_the_peer_closed_is_no_failure() {
     assert_eq!(failed_tries(&agent, "d"), 1, "{}", agent.log());
 }
 
-#[test]
 fn tls_sessions_are_resumed() {
     let emulator = emulator(&[("a", "v"), ("b", "v")]);
     let agent = Agent::start(&emulator);
@@ -838,7 +810,6 @@ fn tls_sessions_are_resumed() {
     assert_eq!((emulator.counters().tls_handshakes, emulator.counters().tls_resumed), (2, 1));
 }
 
-#[test]
 fn a_connection_is_kept_for_the_next_call() {
     let emulator = emulator(&[("a", "v"), ("b", "v")]);
     let agent = Agent::start(&emulator);
@@ -847,7 +818,6 @@ fn a_connection_is_kept_for_the_next_call() {
     assert_eq!(emulator.counters().kms_accepted, 1);
 }
 
-#[test]
 fn a_certificate_that_must_not_be_trusted_is_an_error() {
     let wrong = [
         BadCertificate::OtherCa,
@@ -873,7 +843,6 @@ fn a_certificate_that_must_not_be_trusted_is_an_error() {
     }
 }
 
-#[test]
 fn connections_to_kms_are_used_again() {
     let emulator = emulator(&[("a", "1"), ("b", "2"), ("c", "3")]);
     let agent = Agent::start(&emulator);
@@ -884,7 +853,6 @@ fn connections_to_kms_are_used_again() {
     assert_eq!((counters.kms_accepted, counters.tls_handshakes, counters.kms_requests), (1, 1, 4));
 }
 
-#[test]
 fn a_pooled_connection_that_died_is_replaced_unnoticed() {
     for kind in [FaultKind::DropBefore, FaultKind::Reset] {
         let emulator = emulator(&[("a", "1"), ("b", "2")]);
@@ -908,7 +876,6 @@ fn a_pooled_connection_that_died_is_replaced_unnoticed() {
     }
 }
 
-#[test]
 fn connections_that_kms_closes_while_idle_are_replaced() {
     let emulator = emulator(&[("a", "1"), ("b", "2")]);
     let agent = Agent::start(&emulator);
@@ -919,7 +886,6 @@ fn connections_that_kms_closes_while_idle_are_replaced() {
     assert_eq!((counters.kms_accepted, counters.tls_resumed), (2, 1), "and the TLS session is resumed");
 }
 
-#[test]
 fn replies_in_any_framing_are_taken() {
     let raw = |framing, interim: &[u16]| {
         let headers = Vec::new();
@@ -947,7 +913,6 @@ fn replies_in_any_framing_are_taken() {
     }
 }
 
-#[test]
 fn unusable_replies_are_502_and_not_cached() {
     let value = |name: &str, data: &str| format!(r#"{{"SecretName":"{name}","SecretData":"{data}"}}"#);
     let reply = |body: Vec<u8>, framing| {
@@ -993,7 +958,6 @@ fn unusable_replies_are_502_and_not_cached() {
     assert!(!agent.everything_written().contains("xyzzy"), "what KMS sent stays out of the log");
 }
 
-#[test]
 fn a_reply_of_almost_the_largest_size_passes() {
     let emulator = emulator(&[]);
     let body = format!(r#"{{"SecretName":"big","SecretData":"{}"}}"#, "x".repeat(127 * 1024));
@@ -1005,7 +969,6 @@ fn a_reply_of_almost_the_largest_size_passes() {
     }
 }
 
-#[test]
 fn a_wrong_clock_is_corrected_by_that_of_kms() {
     let emulator = emulator(&[("a", "1"), ("b", "2")]);
     emulator.set_clock_offset(3 * 3600);
@@ -1015,3 +978,43 @@ fn a_wrong_clock_is_corrected_by_that_of_kms() {
     assert_eq!(emulator.counters().signature_failures, 1, "once is enough");
     assert!(agent.log().contains("clock"));
 }
+
+timed_tests!(
+    fifty_readers_of_a_slow_miss_are_one_call,
+    outage_serves_stale_values_and_ends_by_itself,
+    stale_values_have_an_end,
+    without_ignore_transient_errors_an_expired_value_is_an_error,
+    a_deleted_secret_is_never_stale_and_its_refusal_is_remembered,
+    lost_permission_drops_a_fresh_value_too,
+    readers_of_a_hot_secret_never_wait,
+    two_hundred_misses_at_once_use_eight_connections,
+    a_slow_secret_delays_no_other,
+    a_servers_wish_to_be_left_alone_is_honoured,
+    a_reader_without_a_cached_value_waits_out_a_short_wish_and_not_a_long_one,
+    without_a_cached_value_there_are_three_tries_in_eight_seconds,
+    refresh_now_is_coalesced_and_limited_to_one_fetch_a_second,
+    a_failed_refresh_now_gives_the_error_and_keeps_the_value,
+    refresh_now_is_not_content_with_a_call_that_began_before_it,
+    an_open_circuit_makes_few_tries,
+    an_open_circuit_makes_one_try_at_a_time,
+    refused_credentials_are_renewed_once_and_the_call_is_retried,
+    credentials_revoked_for_good_are_an_error_or_a_stale_value,
+    metadata_down_past_the_credentials_end_says_so_and_heals,
+    an_agent_that_starts_without_metadata_serves_once_it_is_there,
+    a_skewed_clock_is_corrected_from_the_servers_date,
+    a_timestamp_that_is_never_right_is_an_error,
+    signature_refusals_and_senseless_replies_say_nothing_about_the_secret,
+    throttling_is_transient_whatever_its_status,
+    an_announced_rotation_ends_a_values_life,
+    a_pooled_connection_that_the_peer_closed_is_no_failure,
+    tls_sessions_are_resumed,
+    a_connection_is_kept_for_the_next_call,
+    a_certificate_that_must_not_be_trusted_is_an_error,
+    connections_to_kms_are_used_again,
+    a_pooled_connection_that_died_is_replaced_unnoticed,
+    connections_that_kms_closes_while_idle_are_replaced,
+    replies_in_any_framing_are_taken,
+    unusable_replies_are_502_and_not_cached,
+    a_reply_of_almost_the_largest_size_passes,
+    a_wrong_clock_is_corrected_by_that_of_kms,
+);

@@ -54,7 +54,6 @@ fn until_changed(agent: &Agent, name: &str, old: &str, rotated: Instant) -> Stri
     }
 }
 
-#[test]
 fn the_life_of_an_ecs_password() {
     let (emulator, agent) = begin(NewSecret::ecs_password("db/ecs", "i-bp1", "root", "First-Passw0rd"));
     let read = |name: &str| agent.secret(name);
@@ -136,7 +135,6 @@ fn the_life_of_an_ecs_password() {
     }
 }
 
-#[test]
 fn the_life_of_an_ecs_key_pair() {
     let (emulator, agent) = begin(NewSecret::ecs_key_pair("pair", "i-bp1", "root"));
     let first = agent.secret("pair").data();
@@ -153,7 +151,6 @@ fn the_life_of_an_ecs_key_pair() {
     assert_eq!(refreshed(&agent, "pair").verdict(), "404 Forbidden.ResourceNotFound");
 }
 
-#[test]
 fn the_life_of_a_generic_secret() {
     let (emulator, agent) = begin(NewSecret::generic("generic", "one"));
     let first = agent.secret("generic");
@@ -183,7 +180,6 @@ fn the_life_of_a_generic_secret() {
     assert_eq!(agent.secret("generic").status, 200, "another version's refusal is not this one's");
 }
 
-#[test]
 fn a_rotation_by_schedule_is_seen_when_it_was_announced() {
     let mut secret = NewSecret::ecs_password("ecs", "i-1", "root", "First-Passw0rd");
     secret.rotation_interval_s = Some(86_400);
@@ -197,3 +193,10 @@ fn a_rotation_by_schedule_is_seen_when_it_was_announced() {
     assert_ne!(second.data(), first.data());
     assert_eq!(agent.get(&stage_target("ecs", "ACSPrevious")).data(), first.data());
 }
+
+timed_tests!(
+    the_life_of_an_ecs_password,
+    the_life_of_an_ecs_key_pair,
+    the_life_of_a_generic_secret,
+    a_rotation_by_schedule_is_seen_when_it_was_announced,
+);

@@ -235,7 +235,7 @@ fn a_key_pair_is_made_and_rotated_while_others_are_served() {
             Call::new(&who, "RotateSecret", &[("SecretName", "acs/ecs/ssh"), ("VersionId", "v2")])
                 .send(&emulator)
         });
-        assert!(emulator.wait_for(Duration::from_secs(10), |c| c.action("RotateSecret") == 1));
+        assert!(emulator.wait_for(Duration::from_secs(60), |c| c.action("RotateSecret") == 1));
         assert_eq!(Call::get(&who, "agent-test").send(&emulator).expect("a reply").status, 200);
         assert_eq!(rotate.join().expect("no panic").expect("a reply").status, 200);
     });
@@ -271,9 +271,9 @@ fn counters_log_and_resumption() {
         assert_eq!(read_reply(&mut kept).expect("a reply").status, 200);
     }
     let resumed = connect(&emulator, &config).expect("connects");
-    assert!(emulator.wait_for(Duration::from_secs(10), |c| c.tls_handshakes == 2 && c.kms_open == 2));
+    assert!(emulator.wait_for(Duration::from_secs(60), |c| c.tls_handshakes == 2 && c.kms_open == 2));
     drop((kept, resumed));
-    assert!(emulator.wait_for(Duration::from_secs(10), |c| c.kms_open == 0));
+    assert!(emulator.wait_for(Duration::from_secs(60), |c| c.kms_open == 0));
     let seen = emulator.counters();
     assert_eq!((seen.kms_accepted, seen.kms_open_max, seen.tls_resumed), (2, 2, 1));
     assert_eq!((seen.kms_requests, seen.gets("agent-test"), seen.action("GetSecretValue")), (2, 2, 2));
@@ -359,7 +359,7 @@ fn metadata_fails_in_every_way() {
     let before = emulator.counters().metadata_requests;
     std::thread::scope(|scope| {
         let stalled = scope.spawn(ask);
-        assert!(emulator.wait_for(Duration::from_secs(10), |c| c.metadata_requests == before + 1));
+        assert!(emulator.wait_for(Duration::from_secs(60), |c| c.metadata_requests == before + 1));
         // The next fault ends the stalled connection, which had no reply.
         fail(Some(MetadataFault::Refuse));
         assert!(stalled.join().expect("no panic").is_err());

@@ -5,8 +5,8 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-/// Longer than any answer of the agent may take (8 s for a secret that cannot be had).
-const READ_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longer than any answer of the agent takes (8 s for a secret that cannot be had), however slow the host is.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A request head. `Host: localhost` unless `headers` has one.
 pub fn head(method: &str, target: &str, headers: &[(&str, &str)]) -> String {

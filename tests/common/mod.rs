@@ -15,6 +15,8 @@
 
 pub mod host;
 pub mod http;
+#[macro_use]
+pub mod timed;
 
 pub use host::*;
 pub use http::{Connection, Reply};
@@ -36,7 +38,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// A condition that does not come true in this time never will.
-pub const DEADLINE: Duration = Duration::from_secs(10);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 /// Between two looks.
 const POLL: Duration = Duration::from_millis(5);
 /// The token of agents that are started without another one.
