@@ -1,8 +1,8 @@
 //! From nothing to a secret: an emulated KMS and the agent in one process, on loopback, without an account.
 //!
 //! ```text
-//! cargo run --release --example quickstart              # stays; paste the curl line it prints
-//! cargo run --release --example quickstart -- --once    # asks twice itself, and ends
+//! cargo run --release --example quickstart              # runs until Ctrl-C; paste the curl line that it prints
+//! cargo run --release --example quickstart -- --once    # asks twice by itself, and ends
 //! ```
 //!
 //! Everything it writes is in one temporary folder, which is removed at the end.
@@ -24,11 +24,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 const SECRET: &str = "agent-test";
-/// The one that the README's examples of clients ask for.
+/// The secret that the README's examples of clients ask for.
 const OTHER_SECRET: &str = "db";
-/// Short, so that a value gets old while somebody watches. The agent's own default is 300 s.
+/// The TTL is short, so that a value expires while a person watches. The agent's own default is 300 s.
 const TTL_S: u64 = 20;
-/// More than the agent takes for any reply.
+/// This is longer than the agent takes for any reply.
 const PATIENCE: Duration = Duration::from_secs(15);
 const USAGE: &str = "usage: cargo run --release --example quickstart [-- --once]";
 
@@ -61,12 +61,12 @@ fn run() -> Result<()> {
     let (port, agent) = start_agent(&folder, &kms)?;
     let outcome = if once {
         let outcome = ask_twice(&folder, port);
-        // The agent catches it and ends, as it does when systemd stops it.
+        // The agent catches the signal and ends, as it does when systemd stops it.
         rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM)?;
         outcome
     } else {
         introduce(&folder, &kms, port)?;
-        // Not waited for: it sits in a read of standard input when Ctrl-C comes, which the agent catches.
+        // This thread is never joined: it is blocked in a read of standard input when Ctrl-C comes.
         thread::spawn(move || obey(&kms));
         Ok(())
     };
@@ -80,11 +80,11 @@ struct Folder(PathBuf);
 impl Folder {
     fn create() -> Result<Folder> {
         let path = std::env::temp_dir().join(format!("kms-agent-quickstart-{}", std::process::id()));
-        // Fails where the folder is there already: it would be somebody else's. The token is ours alone.
+        // This fails if the folder exists, since it would then be another user's. Only this user may read the token.
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)
-            .map_err(|error| format!("{}: {error}", path.display()))?;
+            .map_err(|error| format!("cannot create the folder {}: {error}", path.display()))?;
         Ok(Folder(path))
     }
 
@@ -100,7 +100,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("{} stays behind: {error}", self.0.display());
+            eprintln!("cannot remove the folder {}: {error}", self.0.display());
         }
     }
 }
@@ -116,10 +116,10 @@ fn start_agent(folder: &Folder, kms: &Emulator) -> Result<(u16, JoinHandle<Resul
     token.push(folder.token());
 
     let (ready, port) = mpsc::channel();
-    // An agent is not `Send`: made where it runs, it only hands its port back.
+    // An agent is not `Send`, so it is made on the thread that it runs on, and only its port is handed back.
     let thread = thread::spawn(move || -> Result<()> {
         let env = |name: &str| (name == "KMS_TOKEN").then(|| token.clone());
-        // Not hardened: the emulated KMS shares the process.
+        // The agent is not hardened, because the emulated KMS runs in the same process.
         let agent = Agent::prepare(&config, &env, None).map_err(|error| error.to_string());
         ready.send(agent.as_ref().map(Agent::port).map_err(String::clone))?;
         agent?.serve().map_err(|error| error.to_string().into())
@@ -146,13 +146,13 @@ fn configuration(folder: &Path, kms: &Emulator, port: u16) -> String {
     )
 }
 
-/// The agent's default port; 0, so any free one, where somebody has it.
+/// The agent's default port, or 0 (any free port) if another program listens on that.
 fn free_port() -> u16 {
     let default = config::ServerSection::default().http_port;
     match net::mio::listen(default) {
         Ok(_) => default,
         Err(error) => {
-            println!("Port {default}: {}. Taking a free one.", Reason(&error));
+            println!("Port {default} cannot be used ({}), so a free port is taken.", Reason(&error));
             0
         }
     }
@@ -182,38 +182,39 @@ Paste this into another terminal:
   curl -i --noproxy localhost -H \"X-KMS-Token: $(cat {token})\" \\
     'http://localhost:{port}/secretsmanager/get?secretId={SECRET}'; echo
 
-Twice: X-Cache says MISS (KMS was asked), then HIT (from memory, for {TTL_S} s here).
+Run it twice: X-Cache says MISS first (the agent asked KMS), then HIT (the value came from memory,
+which here happens for {TTL_S} s).
 
-For the programs in examples/clients, there as well:
+To run the programs in examples/clients there, first paste this:
 
   {variables}
 
-Then type here:
-  set VALUE   a new value. Readers get it within {TTL_S} s, or at once with &refreshNow=true
-  stop        KMS goes down. After {TTL_S} s X-Cache says STALE, and the secret is still there
-  start       KMS comes back. X-Cache follows at the next try, within 30 s
-Ctrl-C ends it and cleans up.
+Then type one of these here:
+  set VALUE   gives the secret a new value; readers get it within {TTL_S} s, or at once with &refreshNow=true
+  stop        stops KMS; after {TTL_S} s X-Cache says STALE, and the secret is still served
+  start       starts KMS again; the agent notices it within 30 s
+Ctrl-C ends the quickstart and removes its files.
 "
     )?;
     out.flush()
 }
 
-/// Does what is typed. At the end of input (or without any) the rest goes on.
+/// Does what the user types. The agent goes on after the end of the input.
 fn obey(kms: &Emulator) {
     for line in io::stdin().lock().lines().map_while(io::Result::ok) {
         let (word, rest) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
         let done = match (word, rest.trim()) {
             ("set", value) if !value.is_empty() => {
-                format!("the value is new: version {}", kms.put_secret(SECRET, value))
+                format!("the secret has a new value, version {}", kms.put_secret(SECRET, value))
             }
-            ("stop", "") => tell(kms.set_kms_mode(KmsMode::Refuse), "KMS is down"),
-            ("start", "") => tell(kms.set_kms_mode(KmsMode::Normal), "KMS is back"),
+            ("stop", "") => tell(kms.set_kms_mode(KmsMode::Refuse), "KMS is stopped"),
+            ("start", "") => tell(kms.set_kms_mode(KmsMode::Normal), "KMS is running again"),
             ("", _) => continue,
-            _ => "set VALUE, stop or start; Ctrl-C ends it".to_owned(),
+            _ => "type set VALUE, stop or start; Ctrl-C ends the quickstart".to_owned(),
         };
         println!("  {done}");
     }
-    // The emulator goes with this function's caller: it must outlive the input.
+    // The emulator is dropped when this function returns, and it must outlive the input.
     loop {
         thread::park();
     }

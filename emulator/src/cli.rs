@@ -9,7 +9,8 @@ use std::time::Duration;
 
 pub(crate) const HELP: &str = "\
 kms-emulator - Alibaba Cloud KMS, STS and an ECS metadata service on this host, for trying and testing
-kms-agent. Keeps secrets in memory, checks signatures like the real one. Never for production.
+kms-agent. It keeps secrets in memory and checks signatures as KMS does. It understands only signature
+V3 (ACS3-HMAC-SHA256), not the older RPC signature of some SDKs. It is not for production.
 
 Usage: kms-emulator [OPTIONS]
 
@@ -23,42 +24,43 @@ Services
                            [default: a temporary file, removed at the end]
 
 Who gets in
-  --role NAME              RAM role of the instance [default: EcsRamRoleKms]; an empty name: none
-  --no-role                the instance has no RAM role: 404 for its credentials
+  --role NAME              RAM role of the instance; an empty name means no role [default: EcsRamRoleKms]
+  --no-role                the instance has no RAM role, so its credentials are answered with 404
   --aap NAME               application access point that trusts the instance identity (repeatable)
                            [default: kms-agent]
   --oidc-token TOKEN       the OIDC token that AssumeRoleWithOIDC accepts for the role KmsAgentOidcRole and
                            the provider ack-rrsa-emulator [default: emulator-oidc-token]
   --access-key ID:SECRET   also accept this long-term access key (repeatable)
-  Credentials are at the credentials URI http://<metadata service>/credentials-uri as well.
+  Credentials are also served at the credentials URI http://<metadata service>/credentials-uri.
 
 Secrets
   --secrets FILE           JSON object: secret name -> text, or an object with
-                           SecretData        the value; base64 if binary; made up for ECS when left out
+                           SecretData        the value, base64 if binary; without it an ECS secret gets
+                                             a random one
                            SecretDataType    text or binary [default: text]
                            SecretType        Generic, Rds, Redis, RAMCredentials, ECS, PolarDB
                                              [default: Generic]
-                           ExtendedConfig    what the type wants, as an object or as text
-                           VersionId         [default: made up]
-                           RotationInterval  rotates by schedule, for example 604800s
-                           Description       as DescribeSecret tells it
+                           ExtendedConfig    what the type needs, as an object or as text
+                           VersionId         [default: a random one]
+                           RotationInterval  the secret rotates this often, for example 604800s
+                           Description       what DescribeSecret shows
 
 Trouble
-  --latency MS             KMS and STS think this long about every request
+  --latency MS             KMS and STS answer every request this much later
   --fail NAME=STATUS:CODE  requests for this secret fail (repeatable),
                            for example --fail db=403:Forbidden.NoPermission
-  --throttle QPS           more requests a second get 429 Rejected.Throttling
-  --metadata-mode MODE     normal: plain GETs work; hardened: session tokens are needed [default: normal]
+  --throttle QPS           more requests a second than this get 429 Rejected.Throttling
+  --metadata-mode MODE     normal: plain GETs work; hardened: they need session tokens [default: normal]
   --metadata-down          the metadata service refuses connections
-  --clock-offset S         this clock runs S seconds ahead of the host's (negative: behind)
+  --clock-offset S         the emulator's clock is S seconds ahead of the host's (negative: behind)
 
-  -h, --help               this text
-  -V, --version            the version
+  -h, --help               print this help
+  -V, --version            print the version
 
 Example
   echo '{\"agent-test\": \"hello\"}' > secrets.json
   kms-emulator --secrets secrets.json
-What it prints is a configuration file for kms-agent, with its addresses.
+It prints a configuration file for kms-agent with its addresses.
 ";
 
 /// What the arguments ask for.
@@ -99,7 +101,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command,
             other => return Err(other.unexpected().to_string()),
         };
         let value = parser.value().map_err(|e| e.to_string())?;
-        let value = value.to_str().ok_or_else(|| format!("--{flag}: the value is not UTF-8"))?;
+        let value = value.to_str().ok_or_else(|| format!("--{flag}: the value is not UTF-8 text"))?;
         set(&mut settings, &flag, value).map_err(|why| format!("--{flag} {value}: {why}"))?;
     }
     if !settings.aaps.is_empty() {
@@ -193,8 +195,8 @@ fn read_secrets(path: &Path) -> Result<Vec<NewSecret>, String> {
 }
 
 fn secrets_from_json(text: &str) -> Result<Vec<NewSecret>, String> {
-    let file: Json = serde_json::from_str(text).map_err(|e| format!("not JSON: {e}"))?;
-    let object = file.as_object().ok_or("expected a JSON object: secret name -> value")?;
+    let file: Json = serde_json::from_str(text).map_err(|e| format!("the file is not JSON: {e}"))?;
+    let object = file.as_object().ok_or("expected a JSON object from secret names to values")?;
     object
         .iter()
         .map(|(name, value)| secret(name, value).map_err(|why| format!("secret {name}: {why}")))
@@ -216,7 +218,10 @@ fn secret(name: &str, value: &Json) -> Result<NewSecret, String> {
             "ExtendedConfig" => {
                 new.extended_config = Some(value.as_str().map_or(value.to_string(), str::to_owned))
             }
-            "SecretType" => new.secret_type = SecretType::parse(&text()?).ok_or("unknown SecretType")?,
+            "SecretType" => {
+                new.secret_type = SecretType::parse(&text()?)
+                    .ok_or("SecretType must be Generic, Rds, Redis, RAMCredentials, ECS or PolarDB")?
+            }
             "SecretDataType" => {
                 new.binary = match text()?.as_str() {
                     "text" => false,
@@ -228,7 +233,11 @@ fn secret(name: &str, value: &Json) -> Result<NewSecret, String> {
                 let seconds = text()?.strip_suffix('s').and_then(|s| s.parse().ok());
                 new.rotation_interval_s = Some(seconds.ok_or("RotationInterval must look like 604800s")?);
             }
-            _ => return Err(format!("unknown field {field}; a value that is JSON goes in as text")),
+            _ => {
+                return Err(format!(
+                    "unknown field {field}; a value that is JSON itself must be given as text"
+                ));
+            }
         }
     }
     Ok(new)
@@ -328,7 +337,7 @@ mod tests {
         assert_eq!(all[1].extended_config.as_deref(), Some(r#"{"SecretSubType":"SSHKey"}"#));
         assert_eq!(
             secrets_from_json(r#"{"a":{"Data":"x"}}"#),
-            Err("secret a: unknown field Data; a value that is JSON goes in as text".to_owned())
+            Err("secret a: unknown field Data; a value that is JSON itself must be given as text".to_owned())
         );
     }
 }

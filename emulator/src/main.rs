@@ -1,4 +1,4 @@
-//! `kms-emulator`: the emulator by hand.
+//! `kms-emulator`: the emulator as a program.
 
 mod cli;
 
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read our output has gone, as `| head` does: nothing to complain about.
+        // The reader of our output has ended, as `| head` does; that is no failure.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("kms-emulator: {error}");
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
 }
 
 fn run(settings: cli::Settings) -> io::Result<()> {
-    // Handlers first: a signal that comes while everything is being set up must not be lost.
+    // The handlers come first, so that a signal during the set-up is not lost.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let _in_runtime = runtime.enter();
     let interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
@@ -58,13 +58,13 @@ async fn either_signal(mut a: tokio::signal::unix::Signal, mut b: tokio::signal:
 
 fn secret_names(settings: &cli::Settings) -> String {
     let names: Vec<&str> = settings.options.secrets.iter().map(|s| s.name.as_str()).collect();
-    if names.is_empty() { "none (--secrets FILE gives it some)".to_owned() } else { names.join(", ") }
+    if names.is_empty() { "none (name them with --secrets FILE)".to_owned() } else { names.join(", ") }
 }
 
 fn announce(emulator: &Emulator, region: &str, secrets: &str, aaps: &str, ca: &Path) -> io::Result<()> {
     let (kms, metadata, ca) = (emulator.kms_addr(), emulator.metadata_url(), ca.display());
     let mut out = io::stdout().lock();
-    // A whole configuration file for the agent: what is for the reader alone is a comment.
+    // This is a whole configuration file for the agent, so what is for the reader alone is a comment.
     writeln!(
         out,
         "# KMS, STS       https://{kms}\n\
@@ -80,12 +80,13 @@ fn announce(emulator: &Emulator, region: &str, secrets: &str, aaps: &str, ca: &P
          CaFile = \"{ca}\"\n\
          MetadataEndpoint = \"{metadata}\"\n\
          \n\
-         # Running; Ctrl-C ends it."
+         # The emulator is running; Ctrl-C ends it."
     )?;
     out.flush()
 }
 
-/// The CA's certificate in a file: where the user wants it, to stay, or in the temporary folder, to go.
+/// The CA's certificate in a file: at the path that the user names, where it is kept, or in the temporary folder,
+/// from which it is removed at the end.
 enum CaFile {
     Kept(PathBuf),
     Temporary(PathBuf),
@@ -94,14 +95,14 @@ enum CaFile {
 impl CaFile {
     fn write(wanted: Option<&Path>, pem: &str) -> io::Result<CaFile> {
         let told = |path: &Path, error: io::Error| {
-            io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+            io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display()))
         };
         if let Some(path) = wanted {
             std::fs::write(path, pem).map_err(|error| told(path, error))?;
             return Ok(CaFile::Kept(std::path::absolute(path)?));
         }
         let path = std::env::temp_dir().join(format!("kms-emulator-ca-{}.pem", std::process::id()));
-        // Never through a link or over a file that somebody else put there.
+        // `create_new` follows no link and overwrites no file that is there.
         let mut file = std::fs::File::options()
             .write(true)
             .create_new(true)

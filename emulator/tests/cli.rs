@@ -29,7 +29,7 @@ fn help_is_help_and_wrong_usage_is_2() {
 fn sigterm_ends_it_and_takes_its_ca_file_along() {
     let mut child = emulator().stdout(Stdio::piped()).spawn().expect("runs");
     let lines = BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok);
-    let told: Vec<String> = lines.take_while(|line| !line.starts_with("# Running")).collect();
+    let told: Vec<String> = lines.take_while(|line| !line.starts_with("# The emulator is running")).collect();
     let value = |key: &str| {
         let line = told.iter().find_map(|line| line.strip_prefix(key)).expect("the line is there");
         line.trim_matches(|c| c == '"' || c == ' ').to_owned()

@@ -121,9 +121,13 @@ pub fn verify(
 ) -> Result<Verified, Refusal> {
     let header = request
         .header("authorization")
-        .ok_or_else(|| Refusal::Incomplete("no Authorization header".into()))?;
-    let authorization = parse_authorization(&header)
-        .ok_or_else(|| Refusal::Incomplete("Authorization is not in the form of ACS3-HMAC-SHA256".into()))?;
+        .ok_or_else(|| Refusal::Incomplete(
+            "there is no Authorization header (kms-emulator supports signature V3 only, not the older RPC signature)"
+                .into(),
+        ))?;
+    let authorization = parse_authorization(&header).ok_or_else(|| {
+        Refusal::Incomplete("the Authorization header is not in the form of ACS3-HMAC-SHA256".into())
+    })?;
     check_signed_headers(request, &authorization)?;
 
     check_date(request.header("x-acs-date").as_deref(), now)?;
