@@ -57,7 +57,10 @@ impl Access {
     /// KMS's clock shows `theirs_unix_s`; requests are signed with that from now on.
     pub(super) fn correct_clock(&mut self, theirs_unix_s: i64, now: Now) {
         self.clock_offset_s = theirs_unix_s.saturating_sub(now.unix_s);
-        log::warn!("this host's clock is {} KMS's; signing with KMS's time", away(self.clock_offset_s));
+        log::warn!(
+            "this host's clock is {} that of KMS; the agent signs with KMS's time",
+            away(self.clock_offset_s)
+        );
     }
 }
 

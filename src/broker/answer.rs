@@ -8,6 +8,7 @@ use crate::config::ResponseType;
 use crate::http::write::{self, Date, Persistence};
 use crate::kms::format::{self, Kv};
 use crate::kms::reply::KmsError;
+use crate::kms::retry::READER_BUDGET;
 use crate::metrics::{self, Metrics, Outcome};
 use crate::random::Random;
 use crate::time::Mono;
@@ -116,6 +117,17 @@ impl Failure {
             message: message.into(),
             retry_after_s: None,
         }
+    }
+
+    /// The same failure for readers who have waited for `tries` tries. A time limit that the message names is that of
+    /// the last try, and could be taken for the whole time of waiting.
+    pub(super) fn after_tries(self: &Rc<Failure>, tries: u32) -> Rc<Failure> {
+        if tries < 2 || !matches!(self.origin, Origin::Agent(Code::UpstreamTimeout)) {
+            return Rc::clone(self);
+        }
+        let limit_s = READER_BUDGET.as_secs();
+        let message = format!("{} in try {tries}; all tries together may take {limit_s} s", self.message);
+        Rc::new(Failure { message: message.into(), ..Failure::clone(self) })
     }
 
     fn code(&self) -> &str {
@@ -354,6 +366,18 @@ mod tests {
             let reply = of(Failure::no_credentials(&"x", Duration::from_millis(ms)));
             assert!(reply.contains(&format!("\r\nRetry-After: {seconds}\r\n")), "{ms} ms: {reply}");
         }
+    }
+
+    #[test]
+    fn a_time_limit_is_told_apart_from_the_time_of_waiting() {
+        let timeout = Rc::new(Failure::ours(Code::UpstreamTimeout, "reply of h:443: timed out after 2.9 s"));
+        assert_eq!(timeout.after_tries(1).message, "reply of h:443: timed out after 2.9 s");
+        assert_eq!(
+            timeout.after_tries(2).message,
+            "reply of h:443: timed out after 2.9 s in try 2; all tries together may take 8 s"
+        );
+        let refused = Rc::new(Failure::ours(Code::UpstreamUnreachable, "connect h:443: refused"));
+        assert_eq!(refused.after_tries(3), refused);
     }
 
     #[test]

@@ -137,7 +137,10 @@ impl Broker {
 
     fn start(&mut self, id: FlightId, credentials: Rc<Credentials>, now: Mono) {
         let Some(origin) = self.access.endpoint() else {
-            let failure = Failure::no_credentials(&"the region is not known yet", Duration::from_secs(1));
+            let failure = Failure::no_credentials(
+                &"the region, and so the address of KMS, is not known yet",
+                Duration::from_secs(1),
+            );
             return self.on_try_failed(id, Rc::new(failure), None, now);
         };
         let has_value = self.has_value(id, now);
@@ -162,7 +165,11 @@ impl Broker {
         }
         let flight = self.flights.called(call.id).and_then(|id| self.flights.get(id));
         let Some((key, Phase::Calling { credentials, .. })) = flight.map(|it| (it.key(), it.phase())) else {
-            return Err(CallError::unreachable("ask", &call.origin, "nobody wants this any more"));
+            return Err(CallError::unreachable(
+                "ask",
+                &call.origin,
+                "no reader waits for this call any more",
+            ));
         };
         kms_request::get_secret_value(
             out,
@@ -289,7 +296,7 @@ impl Broker {
     fn on_down(&mut self, id: FlightId, failure: Failure, reached: bool, retry_from: Mono, now: Mono) {
         let Some(flight) = self.flights.get(id) else { return };
         if self.circuit.on_failure(flight.key(), now, &mut self.random) {
-            log::warn!("KMS is down: one probe at a time from now on");
+            log::warn!("KMS is down, so the agent makes one call at a time until KMS replies");
         }
         let failure = Rc::new(failure);
         self.on_try_failed(id, Rc::clone(&failure), Some(retry_from), now);
@@ -335,6 +342,7 @@ impl Broker {
             if retry_from.is_some() && budget.tries_left > 0 && until < budget.until {
                 return self.flights.pause(id, until, has_value, now);
             }
+            let failure = failure.after_tries(retry::TRIES_MAX.saturating_sub(budget.tries_left));
             queue_failure(&mut self.outputs, flight.take_all_readers(), &failure);
         }
         flight.budget = None;
@@ -353,9 +361,10 @@ impl Broker {
         if flight.began().is_some_and(|began| now >= began.after(retry::STALE_PATIENCE)) {
             answer_from_cache(flight, &self.cache, &mut self.outputs, now);
         }
-        if flight.budget.is_some_and(|budget| now >= budget.until) {
+        if let Some(budget) = flight.budget.filter(|budget| now >= budget.until) {
+            let tries = retry::TRIES_MAX.saturating_sub(budget.tries_left);
             let failure = match &flight.failures {
-                Some(failures) => Rc::clone(&failures.last),
+                Some(failures) => failures.last.after_tries(tries),
                 None => Rc::new(no_reply(flight, &self.access.identity, now)),
             };
             queue_failure(&mut self.outputs, flight.take_all_readers(), &failure);
@@ -406,8 +415,9 @@ fn no_reply(flight: &Flight, identity: &Identity, now: Mono) -> Failure {
     if matches!(flight.phase(), Phase::Queued { .. }) && !identity.is_ready(now) {
         // KMS has not even been asked.
         let asked_for = identity.asked_for();
-        let why = format!("no credentials within {seconds} s: {asked_for} is still being asked for");
+        let why =
+            format!("there were no credentials within {seconds} s: the agent still waits for {asked_for}");
         return Failure::no_credentials(&why, Duration::ZERO);
     }
-    Failure::ours(Code::UpstreamTimeout, format!("KMS gave no reply within {seconds} s in all"))
+    Failure::ours(Code::UpstreamTimeout, format!("KMS gave no reply within {seconds} s"))
 }

@@ -237,9 +237,11 @@ fn secret_query<'b>(
     let id = match path_id {
         Some(raw) => {
             let id = percent::decode_path(raw)
-                .map_err(|BadEncoding| Denial::parameter("badly encoded secret ID in the path"))?;
+                .map_err(|BadEncoding| Denial::parameter("the secret ID in the path is badly encoded"))?;
             if id.split('/').any(|segment| matches!(segment, "." | "..")) {
-                return Err(Denial::parameter("dot segments in the secret ID"));
+                return Err(Denial::parameter(
+                    "the secret ID in the path must not have the segments . or ..",
+                ));
             }
             id
         }
@@ -347,10 +349,10 @@ mod tests {
             ("/secretsmanager/get?secretId=a&secretId=a", "repeated parameter: secretId"),
             ("/secretsmanager/get?secretId=%zz", "badly encoded parameter: secretId"),
             ("/secretsmanager/get?secretId=%ff", "badly encoded parameter: secretId"),
-            ("/v1/a%f", "badly encoded secret ID in the path"),
-            ("/v1/a/../b", "dot segments in the secret ID"),
-            ("/v1/a/%2E%2e", "dot segments in the secret ID"),
-            ("/v1/a%2f.%2fb", "dot segments in the secret ID"),
+            ("/v1/a%f", "the secret ID in the path is badly encoded"),
+            ("/v1/a/../b", "the secret ID in the path must not have the segments . or .."),
+            ("/v1/a/%2E%2e", "the secret ID in the path must not have the segments . or .."),
+            ("/v1/a%2f.%2fb", "the secret ID in the path must not have the segments . or .."),
             ("/v1/a?=", "unknown parameter: ; known: versionId, versionStage, refreshNow"),
             (
                 "/v1/a?%0a%E2%80%AE=",

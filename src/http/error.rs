@@ -47,28 +47,34 @@ impl fmt::Display for ResponseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ResponseError::NotHttp => f.write_str("the server does not speak HTTP/1"),
-            ResponseError::BadHead(what) => write!(f, "malformed HTTP response head: {what}"),
-            ResponseError::HeadTooLarge => write!(f, "HTTP response head over {HEAD_BYTES_MAX} bytes"),
-            ResponseError::TooManyHeaders => write!(f, "over {HEADERS_MAX} HTTP response header fields"),
+            ResponseError::BadHead(what) => write!(f, "the head of the HTTP response is malformed: {what}"),
+            ResponseError::HeadTooLarge => {
+                write!(f, "the head of the HTTP response is over {HEAD_BYTES_MAX} bytes")
+            }
+            ResponseError::TooManyHeaders => {
+                write!(f, "the HTTP response has over {HEADERS_MAX} header fields")
+            }
             ResponseError::TooManyInterimResponses => {
-                write!(f, "over {INTERIM_RESPONSES_MAX} interim (1xx) HTTP responses")
+                write!(f, "the server sent over {INTERIM_RESPONSES_MAX} interim (1xx) HTTP responses")
             }
-            ResponseError::UnexpectedUpgrade => {
-                f.write_str("HTTP 101: the server switched to a protocol that nobody asked for")
+            ResponseError::UnexpectedUpgrade => f.write_str(
+                "the server switched to a protocol that the agent did not ask for (HTTP status 101)",
+            ),
+            ResponseError::BadContentLength => {
+                f.write_str("the Content-Length of the HTTP response is malformed")
             }
-            ResponseError::BadContentLength => f.write_str("malformed Content-Length in the HTTP response"),
             ResponseError::BadTransferEncoding => {
-                f.write_str("unsupported Transfer-Encoding in the HTTP response")
+                f.write_str("the Transfer-Encoding of the HTTP response is not supported")
             }
             ResponseError::TwoFramings => {
-                f.write_str("both Transfer-Encoding and Content-Length in the HTTP response")
+                f.write_str("the HTTP response has both Transfer-Encoding and Content-Length")
             }
-            ResponseError::BadChunk => f.write_str("malformed chunked HTTP response body"),
+            ResponseError::BadChunk => f.write_str("the chunked body of the HTTP response is malformed"),
             ResponseError::SkippedTooLarge => {
-                f.write_str("chunk extensions or trailers of the HTTP response are too long")
+                f.write_str("the chunk extensions or trailers of the HTTP response are too long")
             }
             ResponseError::BodyTooLarge { bytes_max } => {
-                write!(f, "HTTP response body over {bytes_max} bytes")
+                write!(f, "the body of the HTTP response is over {bytes_max} bytes")
             }
             ResponseError::Truncated => {
                 f.write_str("the server closed the connection before its HTTP response was complete")

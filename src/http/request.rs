@@ -105,7 +105,7 @@ pub fn parse<'h, 'b>(bytes: &'b [u8], room: &'h mut HeaderRoom<'b>) -> Parsed<'h
         Err(httparse::Error::Version) => match version(bytes) {
             Version::WellFormed => Parsed::Reject(Reject::Version),
             Version::Unfinished => unfinished(bytes),
-            Version::Malformed => Parsed::Reject(Reject::Malformed("malformed HTTP version")),
+            Version::Malformed => Parsed::Reject(Reject::Malformed("the HTTP version is malformed")),
         },
         Err(error) => Parsed::Reject(reject_for(error)),
     }
@@ -144,11 +144,13 @@ fn unfinished<'h, 'b>(bytes: &[u8]) -> Parsed<'h, 'b> {
 const fn reject_for(error: httparse::Error) -> Reject {
     match error {
         httparse::Error::TooManyHeaders => Reject::TooManyHeaders,
-        httparse::Error::Version => Reject::Malformed("malformed HTTP version"),
-        httparse::Error::HeaderName => Reject::Malformed("malformed header name"),
-        httparse::Error::HeaderValue => Reject::Malformed("malformed header value"),
-        httparse::Error::NewLine => Reject::Malformed("malformed line end"),
-        httparse::Error::Token | httparse::Error::Status => Reject::Malformed("malformed request line"),
+        httparse::Error::Version => Reject::Malformed("the HTTP version is malformed"),
+        httparse::Error::HeaderName => Reject::Malformed("a header name is malformed"),
+        httparse::Error::HeaderValue => Reject::Malformed("a header value is malformed"),
+        httparse::Error::NewLine => Reject::Malformed("a line end is malformed"),
+        httparse::Error::Token | httparse::Error::Status => {
+            Reject::Malformed("the request line is malformed")
+        }
     }
 }
 
@@ -179,7 +181,7 @@ fn version(bytes: &[u8]) -> Version {
 
 fn sound<'h, 'b>(raw: httparse::Request<'h, 'b>) -> Result<Request<'h, 'b>, Reject> {
     let (Some(method), Some(target), Some(minor)) = (raw.method, raw.path, raw.version) else {
-        return Err(Reject::Malformed("malformed request line"));
+        return Err(Reject::Malformed("the request line is malformed"));
     };
     // A method that long would have been taken for a target before its end had come.
     if target.len() > TARGET_BYTES_MAX || method.len() > TARGET_BYTES_MAX + METHOD_BYTES_MAX {
@@ -190,10 +192,10 @@ fn sound<'h, 'b>(raw: httparse::Request<'h, 'b>) -> Result<Request<'h, 'b>, Reje
     let target = split_target(method, target)?;
     let control = ControlData::of(headers, http10)?;
     if control.has_body && matches!(method, "GET" | "HEAD") {
-        return Err(Reject::Malformed("a body on GET"));
+        return Err(Reject::Malformed("a GET or HEAD request must have no body"));
     }
     let host = match (control.host, target.authority) {
-        (None, _) if !http10 => return Err(Reject::Malformed("missing Host")),
+        (None, _) if !http10 => return Err(Reject::Malformed("the Host header is missing")),
         (_, Some(authority)) => Some(authority),
         (host, None) => host,
     };
@@ -226,7 +228,7 @@ fn split_target<'b>(method: &str, target: &'b str) -> Result<Target<'b>, Reject>
             Some(host) if host.len() < target.len() => {
                 Ok(Target { authority: Some(host), path: "", query: None })
             }
-            _ => Err(Reject::Malformed("malformed request target")),
+            _ => Err(Reject::Malformed("the request target is malformed")),
         };
     }
     if method == "OPTIONS" && target == "*" {
@@ -235,16 +237,17 @@ fn split_target<'b>(method: &str, target: &'b str) -> Result<Target<'b>, Reject>
     let (authority, rest) = if target.starts_with('/') {
         (None, target)
     } else {
-        let (scheme, rest) = target.split_once("://").ok_or(Reject::Malformed("malformed request target"))?;
+        let (scheme, rest) =
+            target.split_once("://").ok_or(Reject::Malformed("the request target is malformed"))?;
         if !scheme.eq_ignore_ascii_case("http") {
-            return Err(Reject::Malformed("a target of a scheme other than http"));
+            return Err(Reject::Malformed("the request target has another scheme than http"));
         }
         let end = rest.find(['/', '?']).unwrap_or(rest.len());
         let (authority, rest) = rest.split_at_checked(end).unwrap_or((rest, ""));
         // Empty hosts and user information are refused by RFC 9110 4.2.1 and 4.2.4.
         match host_of(authority) {
             Some(host) if !host.is_empty() => (Some(host), rest),
-            _ => return Err(Reject::Malformed("malformed authority in the request target")),
+            _ => return Err(Reject::Malformed("the authority in the request target is malformed")),
         }
     };
     let (path, query) = match split_at_byte(rest, b'?') {
@@ -252,7 +255,7 @@ fn split_target<'b>(method: &str, target: &'b str) -> Result<Target<'b>, Reject>
         None => (rest, None),
     };
     if !path.bytes().all(is_path_byte) || !query.unwrap_or("").bytes().all(|b| is_path_byte(b) || b == b'?') {
-        return Err(Reject::Malformed("a character in the request target that is not allowed there"));
+        return Err(Reject::Malformed("the request target has a character that is not allowed there"));
     }
     // An absolute-form target without a path means "/" (RFC 9112 3.2.1).
     Ok(Target { authority, path: if path.is_empty() { "/" } else { path }, query })
@@ -336,10 +339,10 @@ impl<'b> ControlData<'b> {
             match line.name.len() {
                 4 if line.name.eq_ignore_ascii_case("host") => {
                     if control.host.is_some() {
-                        return Err(Reject::Malformed("repeated Host"));
+                        return Err(Reject::Malformed("there is more than one Host header"));
                     }
                     let host = std::str::from_utf8(line.value).ok().and_then(host_of);
-                    control.host = Some(host.ok_or(Reject::Malformed("invalid Host"))?);
+                    control.host = Some(host.ok_or(Reject::Malformed("the Host header is malformed"))?);
                 }
                 10 if line.name.eq_ignore_ascii_case("connection") => {
                     for option in line.value.split(|b| *b == b',').map(<[u8]>::trim_ascii) {
@@ -349,14 +352,16 @@ impl<'b> ControlData<'b> {
                 }
                 14 if line.name.eq_ignore_ascii_case("content-length") => {
                     if length.is_some() {
-                        return Err(Reject::Malformed("repeated Content-Length"));
+                        return Err(Reject::Malformed("there is more than one Content-Length header"));
                     }
-                    length = Some(decimal(line.value).ok_or(Reject::Malformed("invalid Content-Length"))?);
+                    length = Some(
+                        decimal(line.value).ok_or(Reject::Malformed("the Content-Length is malformed"))?,
+                    );
                 }
                 17 if line.name.eq_ignore_ascii_case("transfer-encoding") => {
                     // RFC 9112 6.1 and 6.3: anything but a single, final "chunked" leaves the end unknown.
                     if coded || http10 || !line.value.eq_ignore_ascii_case(b"chunked") {
-                        return Err(Reject::Malformed("unusable Transfer-Encoding"));
+                        return Err(Reject::Malformed("the Transfer-Encoding is not chunked alone"));
                     }
                     coded = true;
                 }
@@ -364,7 +369,7 @@ impl<'b> ControlData<'b> {
             }
         }
         if coded && length.is_some() {
-            return Err(Reject::Malformed("both Content-Length and Transfer-Encoding"));
+            return Err(Reject::Malformed("the request has both Content-Length and Transfer-Encoding"));
         }
         control.has_body = coded || length.is_some_and(|n| n > 0);
         Ok(control)

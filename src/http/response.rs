@@ -256,7 +256,7 @@ fn parse_head(bytes: &[u8]) -> Result<Head, ResponseError> {
         Err(error) => return Err(head_error(error)),
     }
     let (Some(minor_version), Some(status)) = (response.version, response.code) else {
-        return Err(ResponseError::BadHead("no status line"));
+        return Err(ResponseError::BadHead("it has no status line"));
     };
     if !(100..=599).contains(&status) {
         return Err(ResponseError::BadHead("the status is not between 100 and 599"));
@@ -277,11 +277,11 @@ const fn head_error(error: httparse::Error) -> ResponseError {
     match error {
         httparse::Error::TooManyHeaders => ResponseError::TooManyHeaders,
         httparse::Error::Version => ResponseError::BadHead("the version is not HTTP/1.0 or HTTP/1.1"),
-        httparse::Error::Status => ResponseError::BadHead("a malformed status line"),
-        httparse::Error::HeaderName => ResponseError::BadHead("a malformed header name"),
-        httparse::Error::HeaderValue => ResponseError::BadHead("a malformed header value"),
+        httparse::Error::Status => ResponseError::BadHead("the status line is malformed"),
+        httparse::Error::HeaderName => ResponseError::BadHead("a header name is malformed"),
+        httparse::Error::HeaderValue => ResponseError::BadHead("a header value is malformed"),
         httparse::Error::NewLine => ResponseError::BadHead("a line does not end in CRLF"),
-        httparse::Error::Token => ResponseError::BadHead("an invalid character"),
+        httparse::Error::Token => ResponseError::BadHead("it has a character that is not allowed"),
     }
 }
 
@@ -489,22 +489,22 @@ mod tests {
             ("HTTP/2 200\r\n\r\n", E::NotHttp),
             ("http/1.1 200 OK\r\n\r\n", E::NotHttp),
             ("HTTP/1.2 200 OK\r\n\r\n", E::BadHead("the version is not HTTP/1.0 or HTTP/1.1")),
-            ("HTTP/1.1 2000 OK\r\n\r\n", E::BadHead("a malformed status line")),
-            ("HTTP/1.1 20 OK\r\n\r\n", E::BadHead("a malformed status line")),
-            ("HTTP/1.1 +20 OK\r\n\r\n", E::BadHead("a malformed status line")),
+            ("HTTP/1.1 2000 OK\r\n\r\n", E::BadHead("the status line is malformed")),
+            ("HTTP/1.1 20 OK\r\n\r\n", E::BadHead("the status line is malformed")),
+            ("HTTP/1.1 +20 OK\r\n\r\n", E::BadHead("the status line is malformed")),
             ("HTTP/1.1 099 Low\r\n\r\n", E::BadHead("the status is not between 100 and 599")),
             ("HTTP/1.1 600 High\r\n\r\n", E::BadHead("the status is not between 100 and 599")),
-            ("HTTP/1.1 200 O\0K\r\n\r\n", E::BadHead("a malformed status line")),
+            ("HTTP/1.1 200 O\0K\r\n\r\n", E::BadHead("the status line is malformed")),
             ("HTTP/1.1 200 OK\nContent-Length: 0\r\n\r\n", E::BadHead("a line ends in a bare LF")),
             ("HTTP/1.1 200 OK\r\nA: b\n\n", E::BadHead("a line ends in a bare LF")),
-            ("HTTP/1.1 200 OK\r\nA: b\rc\r\n\r\n", E::BadHead("a malformed header value")),
-            ("HTTP/1.1 200 OK\r\nA: b\0\r\n\r\n", E::BadHead("a malformed header value")),
-            ("HTTP/1.1 200 OK\r\nA\0: b\r\n\r\n", E::BadHead("a malformed header name")),
-            ("HTTP/1.1 200 OK\r\nA : b\r\n\r\n", E::BadHead("a malformed header name")),
-            ("HTTP/1.1 200 OK\r\n: b\r\n\r\n", E::BadHead("a malformed header name")),
-            ("HTTP/1.1 200 OK\r\nNoColon\r\n\r\n", E::BadHead("a malformed header name")),
-            ("HTTP/1.1 200 OK\r\nA: b\r\n folded\r\n\r\n", E::BadHead("a malformed header name")),
-            ("HTTP/1.1 200 OK\r\n A: b\r\n\r\n", E::BadHead("a malformed header name")),
+            ("HTTP/1.1 200 OK\r\nA: b\rc\r\n\r\n", E::BadHead("a header value is malformed")),
+            ("HTTP/1.1 200 OK\r\nA: b\0\r\n\r\n", E::BadHead("a header value is malformed")),
+            ("HTTP/1.1 200 OK\r\nA\0: b\r\n\r\n", E::BadHead("a header name is malformed")),
+            ("HTTP/1.1 200 OK\r\nA : b\r\n\r\n", E::BadHead("a header name is malformed")),
+            ("HTTP/1.1 200 OK\r\n: b\r\n\r\n", E::BadHead("a header name is malformed")),
+            ("HTTP/1.1 200 OK\r\nNoColon\r\n\r\n", E::BadHead("a header name is malformed")),
+            ("HTTP/1.1 200 OK\r\nA: b\r\n folded\r\n\r\n", E::BadHead("a header name is malformed")),
+            ("HTTP/1.1 200 OK\r\n A: b\r\n\r\n", E::BadHead("a header name is malformed")),
             ("HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n", E::UnexpectedUpgrade),
             ("HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\nhello", E::BadContentLength),
             ("HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello", E::BadContentLength),

@@ -150,7 +150,7 @@ fn check_value(asked_id: &str, body: &[u8]) -> Result<Option<i64>, String> {
 fn parse_error(response: &Response) -> Reply {
     let status = response.status;
     let Some(error) = kms_error(response) else {
-        let problem = format!("HTTP {status} without an error body as KMS gives it");
+        let problem = format!("the reply has HTTP status {status} and no error of KMS in its body");
         // A gateway on the way that fails or throttles is as transient as KMS doing so.
         let error = || KmsError {
             status: 502,

@@ -65,7 +65,7 @@ error = raises(hvac.exceptions.Forbidden, stranger.read, "db")
 assert error.errors == ["the token in the request is wrong"], error.errors
 raises(hvac.exceptions.Forbidden, stranger.secrets.kv.v2.read_secret_version, "db", raise_on_deleted_version=True)
 error = raises(hvac.exceptions.InvalidRequest, vault.read, "a%ff")
-assert error.errors == ["badly encoded secret ID in the path"], error.errors
+assert error.errors == ["the secret ID in the path is badly encoded"], error.errors
 error = raises(hvac.exceptions.UnexpectedError, vault.write, "db", a="b")
 assert error.errors == ["the agent answers GET and HEAD only"], error.errors
 # KMS down.
