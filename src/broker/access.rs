@@ -10,7 +10,7 @@ use std::rc::Rc;
 #[derive(Debug)]
 pub(super) struct Access {
     pub(super) identity: Identity,
-    /// The identity's call that is out, one at a time.
+    /// The identity's call that is out.
     pub(super) call: Option<CallId>,
     /// `None` where it is not configured, until the metadata service has named the region.
     endpoint: Option<Rc<HostPort>>,
@@ -25,18 +25,11 @@ impl Access {
 
     /// The call that the identity wants to be made next.
     pub(super) fn poll_call(&mut self, now: Mono, id: impl FnOnce() -> CallId) -> Option<Call> {
-        if self.call.is_some() {
-            return None;
-        }
         let Peer { service, origin } = self.identity.poll(now)?;
+        debug_assert!(self.call.is_none(), "the identity asks one thing at a time");
         let id = id();
         self.call = Some(id);
         Some(Call { id, service, origin, deadline: now.after(CALL_LIFE) })
-    }
-
-    /// When [`Access::poll_call`] is worth calling.
-    pub(super) fn next_deadline(&self) -> Mono {
-        if self.call.is_some() { Mono::NEVER } else { self.identity.next_deadline() }
     }
 
     /// Where KMS is, once that is known.

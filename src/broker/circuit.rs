@@ -128,5 +128,25 @@ mod tests {
             circuit.on_failure(KeyRef::current("a"), now, &mut random);
         }
         assert!(matches!(circuit, Circuit::Open { failures: 11, .. }), "probes do");
+        let now = circuit.next_try_at(false).after(retry::BACKOFF_CAP);
+        circuit.on_failure(KeyRef::current("a"), now, &mut random);
+        assert!(matches!(circuit, Circuit::Open { failures: 12, .. }), "late ones too");
+    }
+
+    #[test]
+    fn a_reader_s_probe_is_never_far() {
+        let (mut circuit, mut random) = (Circuit::default(), Random::from_seed(1));
+        let mut now = Mono::from_micros(1_000_000);
+        let mut pauses = Vec::new();
+        for n in 0..100 {
+            circuit.on_failure(KeyRef::current(&n.to_string()), now, &mut random);
+            if circuit.is_open() {
+                let soonest = now.after(retry::BACKOFF_BASE).min(circuit.next_try_at(false));
+                assert_eq!(circuit.next_try_at(true), soonest);
+                pauses.push(circuit.next_try_at(false).since(now));
+                now = circuit.next_try_at(false);
+            }
+        }
+        assert!(pauses.iter().max() > Some(&(retry::BACKOFF_CAP / 2)), "{pauses:?}");
     }
 }

@@ -261,12 +261,6 @@ impl Flights {
         flight
     }
 
-    /// How many flights there are.
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.by_id.len()
-    }
-
     /// How many calls to KMS are out.
     pub(super) fn calls(&self) -> usize {
         self.calls.len()
@@ -602,7 +596,7 @@ mod tests {
         flights.call_out(id, credentials(), false, at(500));
         assert_eq!(clients(&flights.land(id, at(600)).unwrap().readers), [1]);
         flights.check_invariants();
-        assert_eq!((flights.len(), flights.find(db()), flights.calls()), (0, None, 0));
+        assert_eq!((flights.by_id.len(), flights.find(db()), flights.calls()), (0, None, 0));
     }
 
     #[test]
@@ -697,7 +691,7 @@ mod tests {
         flights.left(ClientId(9));
         assert_eq!(clients(&flights.clear()), [2, 3]);
         flights.check_invariants();
-        assert_eq!((flights.len(), flights.queued().len(), flights.calls()), (0, 0, 0));
+        assert_eq!((flights.by_id.len(), flights.queued().len(), flights.calls()), (0, 0, 0));
         assert_eq!(flights.find(db()), None);
     }
 
@@ -767,6 +761,25 @@ mod tests {
     }
 
     #[test]
+    fn a_value_that_a_reader_had_to_fall_back_on_goes_on_being_renewed() {
+        let (mut flights, id) = one(false);
+        join(&mut flights, reader(1), true, 0);
+        fail(&mut flights, id, at(0));
+        flights.get_mut(id).unwrap().take_all_readers();
+        assert!(!flights.is_pointless(id, true, at(0)));
+
+        // But what the readers of a next round want is a reply, not that.
+        let (mut flights, id) = one(true);
+        flights.call_out(id, credentials(), true, at(0));
+        join(&mut flights, refresher(1), true, 0);
+        flights.land(id, at(0));
+        let next = flights.find(db()).unwrap();
+        fail(&mut flights, next, at(0));
+        flights.get_mut(next).unwrap().take_all_readers();
+        assert!(flights.is_pointless(next, true, at(0)));
+    }
+
+    #[test]
     fn there_is_room_for_so_many_and_half_of_it_for_memories() {
         let mut flights = Flights::default();
         let begin = |flights: &mut Flights, n: usize| {
@@ -801,7 +814,7 @@ mod tests {
             flights.queue_due = Mono::NEVER;
             flights.next_deadline()
         };
-        assert_eq!(deadline(true, &[]), Mono::NEVER);
+        assert_eq!((deadline(true, &[]), deadline(false, &[])), (Mono::NEVER, Mono::NEVER));
         assert_eq!(deadline(true, &[(reader(1), 100), (reader(2), 200)]), at(100).after(SECOND));
         assert_eq!(deadline(true, &[(refresher(1), 100)]), at(100).after(SECOND * 8));
         assert_eq!(deadline(false, &[(reader(1), 100), (reader(2), 200)]), at(100).after(SECOND * 8));
@@ -842,5 +855,11 @@ mod tests {
         assert_eq!((budget.until, budget.tries_left), (at(100).after(SECOND * 8), retry::TRIES_MAX));
         flights.arm(id, false, at(950));
         assert_eq!(flights.get(id).unwrap().budget.unwrap().until, budget.until, "once");
+
+        // A reader who joins what went on behind the scenes waits from then on.
+        let (mut flights, id) = one(true);
+        flights.call_out(id, credentials(), true, at(0));
+        join(&mut flights, refresher(1), true, 500);
+        assert_eq!(flights.get(id).unwrap().budget.unwrap().until, at(500).after(SECOND * 8));
     }
 }

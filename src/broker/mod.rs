@@ -312,7 +312,8 @@ impl Broker {
     /// When [`Broker::on_time`] is to be called.
     #[must_use]
     pub fn next_deadline(&self) -> Mono {
-        self.flights.next_deadline().min(self.cache.next_refresh()).min(self.access.next_deadline())
+        let identity = self.access.identity.next_deadline();
+        self.flights.next_deadline().min(self.cache.next_refresh()).min(identity)
     }
 
     /// Panics where what the broker holds contradicts itself.

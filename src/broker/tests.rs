@@ -217,6 +217,7 @@ fn a_hot_value_is_refreshed_ahead_and_a_cold_one_is_not() {
     assert!(rig.calls.is_empty(), "not before 70 %");
     rig.sleep_ms(11_500);
     assert_eq!(rig.calls.len(), 1, "after 80 % at the latest, though nobody asks");
+    assert_eq!(rig.broker.metrics.refreshes, 1);
     assert_eq!(rig.ask("/v1/hot").unwrap(), "200 HIT 80 one");
     rig.value("hot", "two");
     assert_eq!(rig.ask("/v1/hot").unwrap(), "200 HIT 0 two");
@@ -273,7 +274,7 @@ fn retries_back_off_until_the_stale_ceiling() {
     rig.take_answers();
     rig.sleep_ms(200_000);
     assert_eq!(rig.ask("/v1/db"), None, "past the ceiling nothing is left to serve");
-    assert!(rig.broker.flights.len() == 1);
+    assert!(rig.broker.flights.find(KeyRef::current("db")).is_some());
 }
 
 #[test]
@@ -287,7 +288,7 @@ fn without_a_value_three_tries_and_the_last_error() {
         rig.sleep_ms(1_000);
     }
     assert_eq!(rig.take_answers(), ["500 InternalFailure"]);
-    assert!(rig.calls.is_empty() && rig.broker.flights.len() == 0);
+    assert!(rig.calls.is_empty() && rig.broker.flights.find(KeyRef::current("db")).is_none());
 }
 
 #[test]
@@ -545,6 +546,8 @@ fn no_credentials_no_secret_and_both_heal() {
     rig.metadata_works = true;
     rig.sleep_ms(41_000);
     assert_eq!(rig.calls.len(), 1, "the refresh goes on by itself");
+    let fetches = rig.broker.metrics.credential_fetches;
+    assert!(fetches.ok == 2 && fetches.failed > 0, "{fetches:?}");
 }
 
 #[test]
@@ -625,7 +628,7 @@ fn a_crash_loop_does_not_shorten_what_the_server_asked_for() {
     assert_eq!(rig.calls.len(), 1);
     rig.value("db", "one");
     assert_eq!(rig.take_answers(), ["200 MISS 0 one"]);
-    assert!(rig.broker.flights.len() == 0);
+    assert!(rig.broker.flights.find(KeyRef::current("db")).is_none());
 }
 
 #[test]
@@ -729,9 +732,7 @@ fn three_dead_secrets_do_not_break_a_healthy_one() {
         probes += rig.calls.len();
         assert!(probes < 20 && rig.calls.len() <= 1);
         if !rig.calls.is_empty() {
-            let mut request = Vec::new();
-            rig.broker.write_request(&rig.calls[0].clone(), rig.now, &mut request).unwrap();
-            if String::from_utf8(request).unwrap().contains("SecretName=healthy") {
+            if asked_for(&mut rig) == "healthy" {
                 rig.value("healthy", "one");
             } else {
                 stall(&mut rig);
@@ -771,4 +772,209 @@ fn a_new_token_takes_the_place_of_the_old_one() {
     assert_eq!(rig.ask("/v1/db").unwrap(), "403 InvalidToken");
     rig.broker.set_token(Secret::from(&b"tok"[..]));
     assert_eq!(rig.ask("/v1/db"), None);
+}
+
+#[test]
+fn a_value_is_stale_from_the_end_of_its_life_on() {
+    let mut rig = Rig::new();
+    rig.cached("db");
+    rig.sleep_ms(100_000);
+    assert_eq!(rig.ask("/v1/db"), None);
+    rig.break_off();
+    assert_eq!(rig.take_answers(), ["200 STALE 100 one"]);
+}
+
+#[test]
+fn a_refreshed_value_whose_life_is_over_answers_no_refresh_now() {
+    let mut rig = Rig::with(|config| config.cache.ttl = Duration::from_millis(500));
+    assert_eq!(rig.ask("/v1/db?refreshNow=1"), None);
+    rig.value("db", "one");
+    rig.sleep_ms(499);
+    assert_eq!(rig.ask("/v1/db?refreshNow=1").unwrap(), "200 HIT 0 one");
+    rig.sleep_ms(1);
+    assert_eq!(rig.ask("/v1/db?refreshNow=1"), None);
+}
+
+#[test]
+fn a_pause_as_long_as_patience_is_not_waited_for() {
+    let mut rig = Rig::new();
+    rig.ask("/v1/a");
+    rig.reply(429, "Retry-After: 8\r\n", &error("Rejected.Throttling"));
+    assert_eq!(rig.take_answers(), ["429 Rejected.Throttling"]);
+    rig.ask("/v1/b");
+    rig.reply(429, "Retry-After: 7\r\n", &error("Rejected.Throttling"));
+    rig.sleep_ms(7_000);
+    assert!(rig.answers.is_empty());
+    rig.value("b", "one");
+    assert_eq!(rig.take_answers(), ["200 MISS 0 one"]);
+}
+
+#[test]
+fn readers_wait_up_to_half_a_second_for_the_second_try_and_a_whole_one_for_the_third() {
+    let mut longest_ms = [0, 0];
+    let mut rig = Rig::new();
+    for n in 0..100 {
+        rig.ask(&format!("/v1/s{n}"));
+        for longest_ms in &mut longest_ms {
+            rig.error(429, "Rejected.Throttling");
+            let mut ms = 0;
+            while rig.calls.is_empty() {
+                rig.sleep_ms(10);
+                ms += 10;
+            }
+            *longest_ms = ms.max(*longest_ms);
+        }
+        rig.value(&format!("s{n}"), "x");
+    }
+    assert!((450..=500).contains(&longest_ms[0]) && (900..=1000).contains(&longest_ms[1]), "{longest_ms:?}");
+}
+
+#[test]
+fn a_flight_whose_readers_left_in_a_pause_is_given_up() {
+    let mut rig = Rig::new();
+    rig.ask("/v1/db");
+    rig.error(500, "InternalFailure");
+    rig.broker.left(ClientId(rig.next_client));
+    rig.sleep_ms(10_000);
+    assert!(rig.calls.is_empty() && rig.broker.flights.find(KeyRef::current("db")).is_none());
+}
+
+#[test]
+fn in_a_long_queue_kms_is_blamed() {
+    let mut rig = Rig::new();
+    for n in 0..9 {
+        rig.ask(&format!("/v1/s{n}"));
+    }
+    assert_eq!(rig.calls.len(), 8);
+    rig.sleep_ms(8_000);
+    assert_eq!(rig.take_answers(), ["504 UpstreamTimeout"; 9]);
+}
+
+#[test]
+fn with_kms_down_a_reader_comes_before_a_refresh_even_of_a_secret_that_has_not_failed() {
+    let mut rig = Rig::new();
+    rig.broker.set_refresh_jitter(0);
+    rig.cached("hot");
+    rig.ask("/v1/hot");
+    rig.sleep_ms(69_000);
+    for name in ["a", "b", "c"] {
+        rig.ask(&format!("/v1/{name}"));
+    }
+    while !rig.calls.is_empty() {
+        rig.break_off();
+    }
+    assert!(rig.broker.circuit.is_open());
+    let probe = loop {
+        rig.sleep_ms(10);
+        if !rig.calls.is_empty() {
+            break rig.calls.remove(0);
+        }
+    };
+    rig.sleep_ms(1_500);
+    let queued: Vec<_> = rig.broker.flights.queued();
+    let names = queued.iter().map(|id| rig.broker.flights.get(*id).unwrap().key().id);
+    assert!(names.clone().any(|name| name == "hot") && names.count() > 1, "behind the probe");
+    let error = CallError::timeout("reply of", &probe.origin, Duration::from_secs(5)).reached();
+    rig.broker.on_called(probe.id, Err(error), rig.now);
+    rig.settle();
+    while rig.calls.is_empty() {
+        rig.sleep_ms(10);
+    }
+    assert_ne!(asked_for(&mut rig), "hot");
+}
+
+/// The name of the secret that the first call asks for.
+fn asked_for(rig: &mut Rig) -> String {
+    let mut request = Vec::new();
+    rig.broker.write_request(&rig.calls[0].clone(), rig.now, &mut request).unwrap();
+    let request = String::from_utf8(request).unwrap();
+    let (_, rest) = request.split_once("SecretName=").unwrap();
+    rest.split([' ', '&', '\r']).next().unwrap().to_owned()
+}
+
+#[test]
+fn those_that_have_not_failed_go_first_only_while_kms_is_down() {
+    // `a` has failed, and waits behind eight calls with `fresh` after it.
+    let rig = |others: &[&str]| {
+        let mut rig = Rig::new();
+        for name in ["a", "b", "c"].iter().filter(|name| others.contains(name)) {
+            rig.ask(&format!("/v1/{name}?refreshNow=1"));
+            rig.break_off();
+        }
+        rig
+    };
+    let mut closed = rig(&["a"]);
+    closed.sleep_ms(1_000);
+    assert_eq!(asked_for(&mut closed), "a");
+    for n in 0..7 {
+        closed.ask(&format!("/v1/s{n}"));
+    }
+    assert_eq!(closed.calls.len(), 8);
+    closed.ask("/v1/a?versionId=1");
+    closed.ask("/v1/fresh");
+    let last = closed.calls.pop().unwrap();
+    closed.calls.clear();
+    closed.broker.on_called(last.id, Ok(response(200, "", &value("s6", "x"))), closed.now);
+    closed.settle();
+    assert_eq!(asked_for(&mut closed), "a", "first come, first served");
+
+    let mut open = rig(&["a", "b", "c"]);
+    assert!(open.broker.circuit.is_open() && open.calls.is_empty());
+    open.ask("/v1/a?versionId=1");
+    open.ask("/v1/fresh");
+    while open.calls.is_empty() {
+        open.sleep_ms(1);
+    }
+    assert_eq!(asked_for(&mut open), "fresh");
+}
+
+#[test]
+fn one_throttled_secret_holds_the_refreshes_of_others_back() {
+    let mut rig = Rig::new();
+    rig.broker.set_refresh_jitter(0);
+    rig.cached("a");
+    rig.ask("/v1/a");
+    rig.sleep_ms(1_000);
+    rig.cached("b");
+    rig.ask("/v1/b");
+    rig.sleep_ms(69_000);
+    assert_eq!(asked_for(&mut rig), "a");
+    rig.reply(429, "Retry-After: 20\r\n", &error("Rejected.Throttling"));
+    rig.sleep_ms(19_999);
+    assert!(rig.calls.is_empty(), "the refresh of b has been due for long");
+    assert_eq!(rig.ask("/v1/c"), None);
+    assert_eq!(rig.calls.len(), 1, "readers are not held back");
+    rig.value("c", "one");
+    assert_eq!(rig.broker.throttle.background_calls_max(), 4);
+}
+
+#[test]
+fn credentials_that_have_worked_are_renewed_again_at_once() {
+    let mut rig = Rig::new();
+    for name in ["a", "b"] {
+        rig.ask(&format!("/v1/{name}"));
+        rig.error(404, "InvalidAccessKeyId.NotFound");
+        assert_eq!((rig.calls.len(), rig.answers.len()), (1, 0), "asked again with others: {name}");
+        rig.value(name, "one");
+        assert_eq!(rig.take_answers(), ["200 MISS 0 one"]);
+    }
+}
+
+#[test]
+fn each_try_behind_the_scenes_may_renew_the_credentials() {
+    let mut rig = Rig::new();
+    rig.cached("db");
+    rig.sleep_ms(101_000);
+    rig.ask("/v1/db");
+    for _ in 0..5 {
+        rig.error(404, "InvalidAccessKeyId.NotFound");
+        assert_eq!(rig.calls.len(), 1, "asked again with others");
+        rig.error(404, "InvalidAccessKeyId.NotFound");
+        assert!(rig.calls.is_empty());
+        rig.sleep_ms(1_000);
+        while rig.calls.is_empty() {
+            rig.sleep_ms(100);
+        }
+    }
+    assert_eq!(rig.take_answers(), ["200 STALE 101 one"]);
 }

@@ -406,4 +406,31 @@ mod tests {
         put(&mut cache, None, 0);
         assert_eq!((cache.size(), cache.size_max()), ((1, 2), (10, 1000)));
     }
+
+    #[test]
+    fn of_many_only_the_hot_that_are_due_are_refreshed() {
+        let mut cache = cache(50);
+        let mut random = Random::from_seed(1);
+        for (id, seconds) in [("cold", 0), ("hot", 0), ("hot later", 5), ("hot much later", 50)] {
+            let body = Rc::new(Zeroizing::new(b"{}".to_vec()));
+            cache.insert(KeyRef::current(id).to_owned(), body, None, at(seconds), &mut random);
+            if id.starts_with("hot") {
+                cache.lookup(KeyRef::current(id), at(seconds).mono);
+            }
+        }
+        assert_eq!(cache.next_refresh(), at(70).mono);
+        assert_eq!(cache.take_due_refreshes(at(71).mono), [KeyRef::current("hot").to_owned()]);
+        assert_eq!(cache.next_refresh(), at(75).mono);
+        assert_eq!(cache.take_due_refreshes(at(75).mono), [KeyRef::current("hot later").to_owned()]);
+        assert_eq!(cache.next_refresh(), at(120).mono);
+    }
+
+    #[test]
+    fn a_rotation_at_the_end_of_the_life_does_not_hold_up_the_refresh() {
+        for (rotation_s, seen) in [(99, "fresh"), (100, "fresh, refresh"), (101, "fresh, refresh")] {
+            let mut cache = cache(50);
+            put(&mut cache, Some(at(rotation_s).unix_s), 0);
+            assert_eq!(see(&mut cache, 70), seen, "{rotation_s}");
+        }
+    }
 }
