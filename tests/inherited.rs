@@ -119,7 +119,7 @@ fn an_agent_serves_and_ends_whatever_it_inherits() {
         agent.folder.write("kmstoken", "another");
         agent.signal(Signal::HUP);
         agent.token = "another".into();
-        agent.wait_for_log("SIGHUP: ");
+        agent.wait_for_log("SIGHUP came: ");
         wait_until("the new token works", || agent.secret("a").status == 200);
         for file in ["logs", "logs/kms-agent.log"] {
             let mode = fs::metadata(agent.folder.join(file)).unwrap().permissions().mode() & 0o777;

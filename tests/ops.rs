@@ -457,7 +457,7 @@ fn a_service_manager_that_does_not_listen_is_no_reason_to_end() {
     let gone = Folder::for_sockets();
     let agent = Setup::new(&emulator).env("NOTIFY_SOCKET", gone.join("nobody")).start();
     assert_eq!(agent.get_with("/ping", &[]).status, 200);
-    agent.wait_for_log("cannot tell the service manager: No such file or directory");
+    agent.wait_for_log("the service manager cannot be notified: No such file or directory");
 }
 
 #[test]
@@ -471,7 +471,7 @@ fn a_service_manager_that_reads_nothing_stops_nobody() {
     filler.set_nonblocking(true).unwrap();
     while filler.send_to(b"more", &path).is_ok() {}
     agent.signal(Signal::HUP);
-    agent.wait_for_log("cannot tell the service manager: it reads nothing");
+    agent.wait_for_log("the service manager does not read its notification socket");
     assert_eq!(agent.secret("a").data(), "1");
     assert!(agent.stop().success());
 }
@@ -573,7 +573,7 @@ fn sigterm_finishes_what_is_in_flight_and_exits_0() {
         assert_eq!((reply.data().as_str(), reply.closes()), ("s", true));
         assert!(busy.is_at_end());
         assert_eq!(agent.wait().code(), Some(0));
-        assert!(agent.log().contains("ended"));
+        assert!(agent.log().contains("the agent has ended"));
         // One line says where to look for the log; a warning would stand here too.
         assert!(agent.warnings().is_empty(), "{:?}", agent.warnings());
         let stderr = agent.stderr();
@@ -818,9 +818,13 @@ fn nothing_secret_is_ever_written() {
     assert_eq!(agent.stop().code(), Some(0));
 
     let written = agent.everything_written();
-    for proof in
-        ["GET /v1/b 200 REFRESH", "InvalidToken", "KMS GetSecretValue", "SignatureDoesNotMatch", "ended"]
-    {
+    for proof in [
+        "GET /v1/b 200 REFRESH",
+        "InvalidToken",
+        "KMS GetSecretValue",
+        "SignatureDoesNotMatch",
+        "the agent has ended",
+    ] {
         assert!(written.contains(proof), "{proof} is missing, so this proves little:\n{written}");
     }
     assert!(secrets.len() == 8 && secrets.iter().all(|it| it.len() >= 9), "{secrets:?}");

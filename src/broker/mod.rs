@@ -19,7 +19,6 @@ pub use flights::{ClientId, UPSTREAM_CALLS_MAX};
 
 use crate::cache::{Cache, KeyRef, Lives};
 use crate::call::Call;
-use crate::code::Code;
 use crate::config::Config;
 use crate::http::request::{Reject, Request};
 use crate::http::write::Persistence;
@@ -89,8 +88,8 @@ pub struct Done {
     pub status: u16,
     /// Where a secret came from.
     pub x_cache: Option<XCache>,
-    /// The code of the gate that refused it.
-    pub code: Option<Code>,
+    /// The refusal of the gate that it did not pass.
+    pub denial: Option<Denial>,
     /// What it said of the connection.
     pub persistence: Persistence,
 }
@@ -214,7 +213,7 @@ impl Broker {
     /// One of the agent's own pages was written.
     fn done(&mut self, outcome: Outcome, persistence: Persistence) -> Done {
         self.metrics.count_request(outcome);
-        Done { status: 200, x_cache: None, code: None, persistence }
+        Done { status: 200, x_cache: None, denial: None, persistence }
     }
 
     fn gauges(&self, visit: Visit<'_>) -> Gauges {
@@ -242,9 +241,9 @@ impl Broker {
     }
 
     fn deny(&mut self, denial: Denial, manner: ReplyStyle, now: Mono, out: &mut Vec<u8>) -> Done {
-        let code = Some(denial.code);
-        let done = self.write(&Content::Failure(Rc::new(denial.into())), manner, now, out);
-        Done { code, ..done }
+        let failure = Content::Failure(Rc::new(denial.clone().into()));
+        let done = self.write(&failure, manner, now, out);
+        Done { denial: Some(denial), ..done }
     }
 
     /// Writes an answer that [`Broker::poll_output`] gave. `last`: its connection serves no other.
@@ -267,7 +266,7 @@ impl Broker {
                 (failure.status, None)
             }
         };
-        Done { status, x_cache, code: None, persistence: manner.persistence }
+        Done { status, x_cache, denial: None, persistence: manner.persistence }
     }
 
     fn ask_secret(

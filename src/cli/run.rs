@@ -79,8 +79,10 @@ pub fn main(file: Option<PathBuf>) -> u8 {
     let env = |name: &str| std::env::var_os(name);
     let serve = |agent: Agent| {
         match &file {
-            Some(file) => log::info!("configuration: {}", file.display()),
-            None => log::info!("configuration: built-in defaults, no file was given or found"),
+            Some(file) => log::info!("the configuration is {}", file.display()),
+            None => {
+                log::info!("the configuration is the built-in defaults, since no file was given or found")
+            }
         }
         if let LogPath::Folder(folder) = &config.log.path {
             // Whoever started it by hand should not have to guess.
@@ -131,7 +133,7 @@ impl Agent {
         let port = port_of(&listeners)?;
         raise_descriptor_limit(config.server.max_conn);
         log::info!("kms-agent {} listens on {}", env!("CARGO_PKG_VERSION"), addresses(&listeners));
-        log::info!("token: {source}");
+        log::info!("the token comes from {source}");
         for complaint in source.complaints() {
             log::warn!("{complaint}");
         }
@@ -168,7 +170,7 @@ impl Agent {
     pub fn serve(mut self) -> Result<(), StartError> {
         systemd::ready(self.port);
         self.server.run().map_err(|error| StartError::Failed(format!("cannot go on: {}", Reason(&error))))?;
-        log::info!("ended");
+        log::info!("the agent has ended");
         Ok(())
     }
 }
@@ -196,7 +198,7 @@ impl Host for Process {
         self.log.reopen();
         let tls = client_config(self.ca_file.as_deref());
         if let Err(error) = &tls {
-            log::error!("{error}; what was trusted before stays trusted");
+            log::error!("{error}; the certificates that were trusted before stay trusted");
         }
         systemd::reloaded(self.port);
         tls.ok()
@@ -224,7 +226,7 @@ fn find_token(
         .map_err(|error| StartError::Configuration(error.to_string()))?;
     if let Source::File { path, default: true } = &source {
         match token::create_if_missing(path, random) {
-            Ok(true) => log::info!("token file {} created", path.display()),
+            Ok(true) => log::info!("the token file {} was made", path.display()),
             Ok(false) => {}
             Err(error) => return Err(StartError::Failed(cannot_create(&error, config))),
         }
@@ -311,7 +313,7 @@ fn raise_descriptor_limit(connections_max: usize) {
     let current = limit.maximum.map_or(needed, |maximum| maximum.min(needed));
     let raised = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: Some(current), ..limit });
     if raised.is_err() || current < needed {
-        log::warn!("open files are limited to {current}, {needed} are wanted for MaxConn; raise LimitNOFILE");
+        log::warn!("the limit of open files is {current}, and MaxConn needs {needed}: raise LimitNOFILE");
     }
 }
 

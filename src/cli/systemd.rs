@@ -52,8 +52,10 @@ fn serving(port: u16) -> String {
 fn tell(states: &[NotifyState<'_>], wait_max: Duration) {
     if let Err(error) = send(states, wait_max) {
         match error.kind() {
-            io::ErrorKind::WouldBlock => log::warn!("cannot tell the service manager: it reads nothing"),
-            _ => log::warn!("cannot tell the service manager: {}", Reason(&error)),
+            io::ErrorKind::WouldBlock => {
+                log::warn!("the service manager does not read its notification socket")
+            }
+            _ => log::warn!("the service manager cannot be notified: {}", Reason(&error)),
         }
     }
 }
@@ -88,7 +90,7 @@ impl Watchdog {
     pub(super) fn from_env(now: Mono) -> Watchdog {
         let interval = sd_notify::watchdog_enabled().map(|allowed| allowed / 2);
         if let Some(interval) = interval {
-            log::info!("watchdog: a sign of life every {} ms", interval.as_millis());
+            log::info!("the watchdog of the service manager is notified every {} ms", interval.as_millis());
         }
         Watchdog { interval, due: if interval.is_some() { now } else { Mono::NEVER } }
     }

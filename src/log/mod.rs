@@ -331,7 +331,7 @@ impl LogHandle {
         match notice {
             None => {}
             Some(Notice::Failing(reason)) => {
-                log::warn!("cannot write the log: {reason}; trying again every second");
+                log::warn!("the log cannot be written, and the agent tries again every second: {reason}");
             }
             Some(Notice::Works { lost }) => {
                 log::warn!("the log can be written again; {lost} lines were lost")

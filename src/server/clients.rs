@@ -2,6 +2,7 @@
 
 use super::context::{Ctx, OUT_BYTES, filled, wipe};
 use super::slab::Slab;
+use crate::broker::gate::Denial;
 use crate::broker::{Answer, ClientId, Disposition, Done, Visit};
 use crate::buf::Full;
 use crate::conn::inbound::{End, Inbound, Input, NotedRequest, PeerEnd, READ_BYTES, UNSENT_BYTES_MAX};
@@ -183,7 +184,10 @@ impl Clients {
                 // No descriptor or no memory: the connection stays in the backlog, and asking again at once
                 // would only burn the core.
                 if let Some(left_out) = self.accepting.failures.admit(ctx.now.mono) {
-                    log::error!("cannot accept a connection: {}{left_out}", Reason(error));
+                    log::error!(
+                        "the agent cannot accept a connection, and tries again: {}{left_out}",
+                        Reason(error)
+                    );
                 }
                 self.make_room(ctx, |_| true);
                 self.accepting.paused_until = ctx.now.mono.after(ACCEPT_PAUSE);
@@ -487,9 +491,9 @@ impl Clients {
     }
 
     fn log_request(&mut self, ctx: &Ctx<impl Net>, shown: fmt::Arguments<'_>, done: &Done, since: Mono) {
-        if let Some(code) = &done.code {
+        if let Some(Denial { status, code, message }) = &done.denial {
             if let Some(left_out) = self.refusals.admit(ctx.now.mono) {
-                log::warn!("refused: {shown}: {} {code}{left_out}", done.status);
+                log::warn!("the agent refused {shown}: {status} {code}: {message}{left_out}");
             }
         } else if log::log_enabled!(log::Level::Debug) {
             let took_us = ctx.net.now().mono.since(since).as_micros();

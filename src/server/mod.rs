@@ -156,7 +156,7 @@ impl<N: Net> Server<N> {
             Event::Resolved { host, port, result } => self.upstream.on_resolved(ctx, &host, port, &result),
             Event::Signal(Signal::Terminate) => self.drain(),
             Event::Signal(Signal::Reload) => {
-                log::info!("SIGHUP: reading the token and CaFile again, reopening the log");
+                log::info!("SIGHUP came: the agent reads the token and CaFile again and reopens the log");
                 self.see_token();
                 if let Some(tls) = self.host.on_reload() {
                     self.upstream.set_tls(&mut self.ctx, tls);
@@ -184,7 +184,7 @@ impl<N: Net> Server<N> {
     fn see_token(&mut self) {
         self.token_seen = self.ctx.now.mono;
         if let Some(token) = self.host.poll_token() {
-            log::info!("the token has changed; the old one stops working");
+            log::info!("the token has changed, and the old one does not work any more");
             self.ctx.broker.set_token(token);
         }
     }
@@ -194,7 +194,7 @@ impl<N: Net> Server<N> {
         if self.drain_until.is_some() {
             return;
         }
-        log::info!("ending: finishing {} connections", self.clients.len());
+        log::info!("the agent ends, and finishes what {} open connections wait for", self.clients.len());
         self.host.on_drain(self.clients.len());
         self.drain_until = Some(self.ctx.now.mono.after(DRAIN_LIFE));
         self.ctx.broker.drain();

@@ -435,7 +435,7 @@ impl Agent {
 
     /// What the log warns of, except for what the host denies an agent: locked memory, open files.
     pub fn warnings(&self) -> Vec<String> {
-        let of_the_host = ["not hardened: ", "open files are limited to "];
+        let of_the_host = ["not hardened: ", "the limit of open files is "];
         let log = self.log();
         let all = log.lines().filter(|line| line.contains("WARN") || line.contains("ERROR"));
         all.filter(|line| !of_the_host.iter().any(|part| line.contains(part))).map(str::to_owned).collect()
