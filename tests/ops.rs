@@ -843,7 +843,9 @@ fn a_file_size_limit_is_survived_as_a_full_disk_is() {
     // The kernel's signal for it, SIGXFSZ, would end the process.
     wait_until("the log is full", || {
         assert_eq!(agent.secret("a").data(), "1");
-        agent.stderr().contains("cannot write the log: File too large")
+        agent
+            .stderr()
+            .contains("the log cannot be written, and the agent tries again every second: File too large")
     });
     assert_eq!(agent.secret("a").verdict(), "200 HIT");
 }
@@ -883,7 +885,7 @@ fn a_removed_log_folder_is_survived_and_told() {
     // Landlock forbids to make it again; without Landlock it is made again.
     wait_until("standard error says it, or there is a new one", || {
         assert_eq!(agent.secret("a").data(), "1");
-        agent.stderr().contains("cannot write the log") || agent.log().contains("200 HIT")
+        agent.stderr().contains("the log cannot be written") || agent.log().contains("200 HIT")
     });
     assert_eq!(agent.secret("a").verdict(), "200 HIT");
 }
@@ -904,7 +906,7 @@ fn refusals_in_a_flood_are_counted_and_not_written() {
     let lines = agent.log().lines().filter(|line| line.contains("InvalidToken")).count();
     // 20 at once, and 5 a second.
     assert!(lines >= 20 && lines as u64 <= 20 + 5 * seconds, "{lines} in {seconds} s");
-    assert!((agent.log().len() - before) < 400 * lines + 200, "each of them cut");
+    assert!((agent.log().len() - before) < 500 * lines + 200, "each of them cut");
     // Which of them: the next one that is let through says how many were not.
     wait_until("the rest is counted", || {
         agent.get_with("/v1/a", &[]);
