@@ -49,14 +49,14 @@ enum State {
     Fresh,
     /// Between two requests.
     Idle { since: Mono },
-    /// The beginning of a request's head is here.
-    Head { bytes: Buf, until: Mono },
+    /// The input is the beginning of a request's head.
+    Head { until: Mono },
     /// The caller answers an [`Input`].
     Answering,
-    /// A reply is still to come; `rest` is what the client sent after its request.
-    Waiting { rest: Buf, request: NotedRequest },
-    /// Requests that were sent ahead wait until the replies before them are sent, or for the next tick.
-    Paused { rest: Buf },
+    /// A reply is still to come.
+    Waiting(NotedRequest),
+    /// What was sent ahead waits until the replies before it are sent, or for the next tick.
+    Paused,
     /// The last reply is being sent. `linger`: bytes of the client's may be unread after it.
     Closing { linger: bool },
     /// The last reply is sent and our side is closed.
@@ -129,14 +129,17 @@ pub(crate) struct Inbound {
     /// Past `MaxConn`: it gets 429 or `/ping`.
     reserve: bool,
     peer: PeerEnd,
+    /// Bytes that the client has sent ahead: a whole head, and one read past it, fit.
+    input: Buf,
     /// Reply bytes that the socket has not taken yet, and since when.
     unsent: Option<(Buf, Mono)>,
 }
 
 impl Inbound {
     /// A connection that was just accepted. `reserve`: on a slot past `MaxConn`.
-    pub(crate) const fn new(reserve: bool, now: Mono) -> Inbound {
-        Inbound { state: State::Fresh, accepted: now, reserve, peer: PeerEnd::Open, unsent: None }
+    pub(crate) fn new(reserve: bool, now: Mono) -> Inbound {
+        let input = Buf::with_max(HEAD_BYTES_MAX + READ_BYTES);
+        Inbound { state: State::Fresh, accepted: now, reserve, peer: PeerEnd::Open, input, unsent: None }
     }
 
     /// When it is to be closed if nothing happens.
@@ -147,7 +150,7 @@ impl Inbound {
             (Some((_, since)), _) => since.after(WRITE_LIFE),
             (None, State::Fresh) => self.accepted.after(FIRST_BYTE_LIFE),
             (None, State::Idle { since }) => since.after(IDLE_LIFE),
-            (None, State::Head { until, .. } | State::Lingering { until }) => *until,
+            (None, State::Head { until } | State::Lingering { until }) => *until,
             // The broker's deadlines hold, or the next tick goes on.
             (None, _) => Mono::NEVER,
         }
@@ -155,9 +158,9 @@ impl Inbound {
 
     /// From when it makes room for others at the cap, and how gladly, the smallest first; `None`: it is busy.
     ///
-    /// Connections that are as good as closed go first, then keep-alive ones (longest idle first), then
-    /// heads that are unfinished [`HEAD_GRACE`] after their connection was accepted (oldest first), then clients
-    /// whose replies wait for [`UNREAD_GRACE`] to be read (longest first): a client needs no token to let replies pile up.
+    /// Connections that are as good as closed go first, then keep-alive ones (longest idle first), then heads that
+    /// are unfinished [`HEAD_GRACE`] after their connection was accepted (oldest first), then clients whose replies
+    /// wait for [`UNREAD_GRACE`] to be read (longest first), since no token is needed to let replies pile up.
     pub(crate) fn room(&self) -> Option<(Mono, (u8, Mono))> {
         let at_once = Mono::default();
         match (&self.unsent, &self.state) {
@@ -178,10 +181,7 @@ impl Inbound {
 
     /// Bytes of memory that its unfinished head takes.
     pub(crate) fn head_bytes(&self) -> usize {
-        match &self.state {
-            State::Head { bytes, .. } => bytes.allocated(),
-            _ => 0,
-        }
+        if matches!(self.state, State::Head { .. }) { self.input.allocated() } else { 0 }
     }
 
     /// When it was accepted, if its head is unfinished.
@@ -206,7 +206,7 @@ impl Inbound {
 
     /// Whether the broker owes it a reply.
     pub(crate) const fn is_waiting(&self) -> bool {
-        matches!(self.state, State::Waiting { .. })
+        matches!(self.state, State::Waiting(_))
     }
 
     /// Whether its last reply is sent.
@@ -221,7 +221,7 @@ impl Inbound {
 
     /// Whether [`Inbound::go_on`] is to be called, since no event will come for what the client sent ahead.
     pub(crate) const fn can_go_on(&self) -> bool {
-        matches!(self.state, State::Paused { .. }) && self.unsent.is_none()
+        matches!(self.state, State::Paused) && self.unsent.is_none()
     }
 
     /// Whether the client's next bytes may be read. A client that does not read is not read either.
@@ -243,12 +243,8 @@ impl Inbound {
     /// Whether to read on although requests wait: towards an end that was announced, as far as there is room, so
     /// that the last reply can say that it is the last.
     pub(crate) fn wants_end(&self) -> bool {
-        let rest = match &self.state {
-            State::Waiting { rest, .. } => rest,
-            State::Paused { rest } if !rest.is_empty() => rest,
-            _ => return false,
-        };
-        self.peer == PeerEnd::Announced && rest.room() >= READ_BYTES
+        let waits = self.is_waiting() || matches!(self.state, State::Paused) && !self.input.is_empty();
+        waits && self.peer == PeerEnd::Announced && self.input.room() >= READ_BYTES
     }
 
     pub(crate) const fn peer_end(&self) -> PeerEnd {
@@ -273,33 +269,31 @@ impl Inbound {
         now: Mono,
     ) -> Result<Option<Input<'a>>, Full> {
         let is_last = drained && self.peer == PeerEnd::Announced;
-        let input = match &mut self.state {
-            State::Fresh | State::Idle { .. } => {
-                Input { kept: None, fresh, head_until: now.after(HEAD_LIFE), is_last }
-            }
-            State::Head { bytes, until } => {
-                bytes.extend(fresh)?;
-                let kept = Some(std::mem::replace(bytes, input()));
-                Input { kept, fresh: &[], head_until: *until, is_last }
-            }
-            State::Waiting { rest, .. } | State::Paused { rest } => return rest.extend(fresh).map(|()| None),
+        let head_until = match self.state {
+            State::Fresh | State::Idle { .. } => now.after(HEAD_LIFE),
+            State::Head { until } => until,
+            State::Waiting(_) | State::Paused => return self.input.extend(fresh).map(|()| None),
             // After the last reply they are thrown away.
             State::Answering | State::Closing { .. } | State::Lingering { .. } => return Ok(None),
         };
+        let mut kept = None;
+        if !self.input.is_empty() {
+            self.input.extend(fresh)?;
+            kept = Some(self.take_input());
+        }
         self.state = State::Answering;
-        Ok(Some(input))
+        Ok(Some(Input { kept, fresh, head_until, is_last }))
     }
 
     /// Goes on with what the client has sent ahead, once its replies are out.
     pub(crate) fn go_on(&mut self, now: Mono) -> Option<Input<'static>> {
         debug_assert!(self.can_go_on());
-        let State::Paused { rest } = &mut self.state else { return None };
-        if rest.is_empty() {
+        if self.input.is_empty() {
             self.state = State::Idle { since: now };
             return None;
         }
-        let kept = Some(std::mem::replace(rest, input()));
         self.state = State::Answering;
+        let kept = Some(self.take_input());
         let is_last = self.peer == PeerEnd::Read;
         Some(Input { kept, fresh: &[], head_until: now.after(HEAD_LIFE), is_last })
     }
@@ -309,35 +303,39 @@ impl Inbound {
         debug_assert!(matches!(self.state, State::Answering) && used <= input.bytes().len());
         let rest = input.bytes().get(used..).unwrap_or_default();
         self.state = match end {
-            End::Drained => State::Idle { since: now },
-            End::Unfinished => {
-                let until = if used == 0 { input.head_until } else { now.after(HEAD_LIFE) };
-                State::Head { bytes: kept(rest), until }
-            }
-            End::Waiting(request) => State::Waiting { rest: kept(rest), request },
-            End::Batch => State::Paused { rest: kept(rest) },
-            End::Last { linger } => State::Closing { linger },
+            End::Drained => return self.state = State::Idle { since: now },
+            End::Unfinished if used == 0 => State::Head { until: input.head_until },
+            End::Unfinished => State::Head { until: now.after(HEAD_LIFE) },
+            End::Waiting(request) => State::Waiting(request),
+            End::Batch => State::Paused,
+            End::Last { linger } => return self.state = State::Closing { linger },
         };
+        keep(&mut self.input, rest);
+    }
+
+    fn take_input(&mut self) -> Buf {
+        std::mem::replace(&mut self.input, Buf::with_max(HEAD_BYTES_MAX + READ_BYTES))
     }
 
     /// Whether the reply that is still to come answers the client's last request.
     pub(crate) fn waits_for_its_last(&self) -> bool {
-        let nothing_else = matches!(&self.state, State::Waiting { rest, .. } if rest.is_empty());
-        nothing_else && self.peer == PeerEnd::Read
+        self.is_waiting() && self.input.is_empty() && self.peer == PeerEnd::Read
     }
 
     /// The reply that it waited for is written; [`Inbound::send`] it. `last`: it says that it is the last one,
     /// `linger`: to a client that may be sending.
     pub(crate) fn on_reply(&mut self, last: bool, linger: bool) -> Option<NotedRequest> {
-        let State::Waiting { rest, request } = &mut self.state else { return None };
-        let (rest, request) = (std::mem::replace(rest, input()), std::mem::take(request));
-        let linger = linger || !rest.is_empty();
-        self.state = if last { State::Closing { linger } } else { State::Paused { rest } };
+        let State::Waiting(request) = &mut self.state else { return None };
+        let request = std::mem::take(request);
+        self.state = State::Paused;
+        if last {
+            self.state = State::Closing { linger: linger || !self.take_input().is_empty() };
+        }
         Some(request)
     }
 
-    /// Sends what is unsent, then `more`, as far as `write` takes it; keeps the rest. `false`: the connection is to be
-    /// closed. If it [lingers](Inbound::is_lingering) now, only our side of it is.
+    /// Sends what is unsent, then `more`, as far as `write` takes it, and keeps the rest. `false`: the connection is
+    /// to be closed. If it [lingers](Inbound::is_lingering) now, our side of it is to be shut down.
     pub(crate) fn send(
         &mut self,
         more: &[u8],
@@ -373,23 +371,12 @@ impl Inbound {
             }
             State::Idle { since } if sends => *since = now,
             // The rest of it could not be read before.
-            State::Head { until, .. } if sends => *until = (*until).max(now.after(HEAD_LIFE)),
+            State::Head { until } if sends => *until = (*until).max(now.after(HEAD_LIFE)),
             _ => {}
         }
         // A client that has ended sends nothing that could reset the connection: it need not linger.
         !self.is_done()
     }
-}
-
-/// A buffer for what a client has sent ahead: a whole head, and one read past it.
-fn input() -> Buf {
-    Buf::with_max(HEAD_BYTES_MAX + READ_BYTES)
-}
-
-fn kept(rest: &[u8]) -> Buf {
-    let mut kept = input();
-    keep(&mut kept, rest);
-    kept
 }
 
 /// Appends `bytes`; `false`, which the limits of reads and replies rule out: they do not fit.
