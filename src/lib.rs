@@ -41,6 +41,8 @@
 //! - The web's roots are parsed once, shared by all connections, and again only at SIGHUP. An idle TLS connection to KMS
 //!   is closed after a while; 16 sessions are remembered for resumption.
 
+// Its readers are those who change it: cargo doc --document-private-items.
+#![allow(rustdoc::private_intra_doc_links)]
 // They panic where they cannot write: a full disk or a closed pipe must not end the agent.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 // See clippy.toml.

@@ -13,7 +13,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 const NAME_BYTES_MAX: usize = 64;
 /// A state of /proc/net/tcp.
 const LISTEN: &str = "0A";
-/// Where a request to 127.0.0.1 or [::1] may end up: those, the IPv4 address as IPv6 has it, and any address.
+/// Where a request to `127.0.0.1` or `[::1]` may end up: those, the IPv4 address as IPv6 has it, and any address.
 /// In hex as /proc/net/tcp and tcp6 have it on a little-endian machine.
 const ADDRESSES: [&str; 5] = [
     "0100007F",

@@ -34,7 +34,7 @@ impl Display for Problem {
     }
 }
 
-/// Why [`load`] failed. Displays as one line, or one and one more for each problem.
+/// Why [`super::load`] failed. Displays as one line, or one and one more for each problem.
 #[derive(Debug)]
 pub enum LoadError {
     /// The file cannot be read.

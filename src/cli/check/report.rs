@@ -16,7 +16,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Colour only on a terminal that has it, and not against the user's will (https://no-color.org).
+    /// Colour only on a terminal that has it, and not against the user's will (<https://no-color.org>).
     pub(super) fn to_stdout() -> Report {
         let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
         let dumb = set("TERM").is_none_or(|term| term == "dumb");
