@@ -1,5 +1,6 @@
 //! Whole conversations, the services made by hand.
 
+use super::error::ServiceError;
 use super::*;
 use crate::call::Service;
 use crate::config::{AapArn, AuthType, HostPort};
@@ -253,8 +254,10 @@ fn hardened_mode_is_asked_first_and_its_token_is_kept() {
         (APP, ok(flat("STS.1", 1000))),
         (ROLES, ok("app\n")),
     ];
+    assert_eq!((rig.stands().unwrap_err().as_str(), rig.identity.asked_for()), ("pending", "the region"));
     rig.converse(&service);
     assert_eq!(rig.stands().unwrap(), "STS.1");
+    assert_eq!(rig.identity.asked_for(), "the instance's RAM role");
     assert_eq!(
         rig.lines(),
         [
@@ -267,6 +270,22 @@ fn hardened_mode_is_asked_first_and_its_token_is_kept() {
     assert_eq!(rig.identity.region(), Some("cn-hangzhou"));
     rig.converse_at(800, &[(APP, ok(flat("STS.2", 9000))), (ROLES, ok("app\n"))]);
     assert_eq!(rig.lines().len(), 2, "neither token nor region are asked again");
+}
+
+#[test]
+fn what_only_the_metadata_service_could_mend_is_told_apart() {
+    let of = |source, problem| IdentityError::Service(source, problem);
+    let unreachable = || ServiceError::Unreachable("x".into());
+    for (error, needs_metadata) in [
+        (of(CredentialSource::Metadata, unreachable()), true),
+        (of(CredentialSource::Metadata, ServiceError::Status(500)), true),
+        (of(CredentialSource::Metadata, ServiceError::Status(499)), false),
+        (of(CredentialSource::Sts, unreachable()), false),
+        (IdentityError::Region(Box::new(of(CredentialSource::Metadata, unreachable()))), true),
+        (IdentityError::Everyone(vec![("a", of(CredentialSource::Metadata, unreachable()))]), false),
+    ] {
+        assert_eq!(error.needs_metadata(), needs_metadata, "{error:?}");
+    }
 }
 
 #[test]
