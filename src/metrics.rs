@@ -161,7 +161,6 @@ pub struct Connections {
 pub(crate) struct Gauges {
     /// Cached secrets, and their bytes.
     pub(crate) cached: (usize, usize),
-    /// `CacheSize` and `CacheBytes`.
     pub(crate) cached_max: (usize, usize),
     pub(crate) connections: Connections,
     pub(crate) connections_open: usize,

@@ -26,15 +26,11 @@ use values::*;
 
 /// Bytes of a configuration file that [`load`] reads.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
-/// Header names in `SSRFHeaders`.
+// Elements of the lists, then the ranges of the numbers.
 const SSRF_HEADERS: RangeInclusive<usize> = 1..=8;
-/// Names in `SSRFEnvVariables`.
 const SSRF_ENV_VARIABLES: RangeInclusive<usize> = 0..=16;
-/// Names in `AllowedHosts`.
 const ALLOWED_HOSTS: RangeInclusive<usize> = 0..=64;
-/// `MaxConn`: connections.
 const MAX_CONN: RangeInclusive<usize> = 1..=1000;
-/// `CacheSize`: entries.
 const CACHE_SIZE: RangeInclusive<usize> = 1..=1000;
 /// `CacheBytes`: bytes of cached values, 64 KiB to 256 MiB.
 const CACHE_BYTES: RangeInclusive<usize> = 65_536..=268_435_456;
@@ -44,7 +40,6 @@ const TTL_S: RangeInclusive<u64> = 0..=604_800;
 const MAX_STALE_S: RangeInclusive<u64> = 0..=604_800;
 /// `LogFileSizeMB`: MiB.
 const LOG_FILE_SIZE_MB: RangeInclusive<u32> = 1..=1024;
-/// `LogBackupFiles`: files.
 const LOG_BACKUP_FILES: RangeInclusive<u32> = 0..=crate::log::BACKUP_FILES_MAX;
 
 /// How the host name of a KMS instance ends. Its certificate is of KMS's private CA.

@@ -112,11 +112,9 @@ impl Display for HostPort {
 /// `acs:kms:<region>:<account>:applicationaccesspoint/<name>`: an application access point of KMS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AapArn {
-    /// Region id.
     pub(crate) region: String,
-    /// Account id: digits.
     pub(crate) account: String,
-    /// Name of the access point.
+    /// Name of the access point: 1 to 128 letters, digits, dots, `_` or `-`.
     pub name: String,
     text: String,
 }

@@ -59,7 +59,6 @@ impl Metadata {
         }
     }
 
-    /// Whom to ask.
     pub(crate) fn peer(&self) -> Peer {
         Peer { service: Service::Metadata, origin: Rc::clone(&self.origin) }
     }
