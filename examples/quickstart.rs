@@ -7,16 +7,21 @@
 //!
 //! Everything it writes is in one temporary folder, which is removed at the end.
 
+use kms_agent::cli;
 use kms_agent::cli::run::Agent;
 use kms_agent::log::Reason;
 use kms_agent::random::Random;
 use kms_agent::{config, net, token};
 use kms_emulator::{Emulator, KmsMode, NewSecret, Options};
+use rustix::process::{Signal, getpid, kill_process};
+use signal_hook::consts::SIGHUP;
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::fs;
 use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -30,28 +35,48 @@ const OTHER_SECRET: &str = "db";
 const TTL_S: u64 = 20;
 /// This is longer than the agent takes for any reply.
 const PATIENCE: Duration = Duration::from_secs(15);
-const USAGE: &str = "usage: cargo run --release --example quickstart [-- --once]";
+const HELP: &str = "\
+Runs a kms-agent beside an emulated KMS, and says how to ask it for a secret.
+
+Usage: cargo run --release --example quickstart [-- --once]
+
+Options:
+      --once    ask twice, show the replies, and end
+  -h, --help    print this
+";
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
 
 fn main() -> ExitCode {
-    match run() {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let outcome = match arguments.as_slice() {
+        [] => run(false),
+        [only] if only == "--once" => run(true),
+        [only] if only == "--help" || only == "-h" => {
+            io::stdout().write_all(HELP.as_bytes()).map_err(Error::from)
+        }
+        _ => {
+            complain("it takes --once or nothing; --help tells more");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("quickstart: {error}");
+            complain(error);
             ExitCode::FAILURE
         }
     }
 }
 
-fn run() -> Result<()> {
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let once = match arguments.as_slice() {
-        [] => false,
-        [only] if only == "--once" => true,
-        _ => return Err(USAGE.into()),
-    };
+/// Unlike `eprintln!` it does not panic where the terminal has been closed.
+fn complain(what: impl Display) {
+    let _ = writeln!(io::stderr(), "quickstart: {what}");
+}
+
+fn run(once: bool) -> Result<()> {
+    let hangup = Hangup::catch()?;
     let folder = Folder::create()?;
     let secrets = vec![
         NewSecret::generic(SECRET, r#"{"user":"app","password":"correct horse"}"#),
@@ -59,10 +84,11 @@ fn run() -> Result<()> {
     ];
     let kms = Emulator::start(Options { secrets, ..Options::default() })?;
     let (port, agent) = start_agent(&folder, &kms)?;
+    hangup.ends_the_agent();
     let outcome = if once {
         let outcome = ask_twice(&folder, port);
         // The agent catches the signal and ends, as it does when systemd stops it.
-        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM)?;
+        kill_process(getpid(), Signal::TERM)?;
         outcome
     } else {
         introduce(&folder, &kms, port)?;
@@ -72,6 +98,27 @@ fn run() -> Result<()> {
     };
     agent.join().map_err(|_| "the agent's thread panicked")??;
     outcome
+}
+
+/// The terminal is closed: that ends this program and cleans up, as Ctrl-C does. The agent alone would take SIGHUP for
+/// the wish to read its files again.
+struct Hangup(UnixStream);
+
+impl Hangup {
+    fn catch() -> io::Result<Hangup> {
+        let (ours, theirs) = UnixStream::pair()?;
+        signal_hook::low_level::pipe::register(SIGHUP, theirs)?;
+        Ok(Hangup(ours))
+    }
+
+    /// To be called when the agent catches SIGTERM.
+    fn ends_the_agent(mut self) {
+        thread::spawn(move || {
+            if self.0.read_exact(&mut [0]).is_ok() {
+                let _ = kill_process(getpid(), Signal::TERM);
+            }
+        });
+    }
 }
 
 /// The folder of this run: token, CA, configuration and log.
@@ -100,7 +147,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("cannot remove the folder {}: {error}", self.0.display());
+            complain(format_args!("cannot remove the folder {}: {error}", self.0.display()));
         }
     }
 }
@@ -110,7 +157,7 @@ fn start_agent(folder: &Folder, kms: &Emulator) -> Result<(u16, JoinHandle<Resul
     let mut random = Random::from_system().map_err(|error| error.to_string())?;
     token::create_if_missing(&folder.token(), &mut random).map_err(|error| error.to_string())?;
     fs::write(folder.0.join("ca.pem"), kms.ca_pem())?;
-    fs::write(folder.config(), configuration(&folder.0, kms, free_port()))?;
+    fs::write(folder.config(), configuration(&folder.0, kms, free_port()?))?;
     let config = config::load(&folder.config()).map_err(|error| error.to_string())?;
     let mut token = OsString::from("file://");
     token.push(folder.token());
@@ -128,7 +175,10 @@ fn start_agent(folder: &Folder, kms: &Emulator) -> Result<(u16, JoinHandle<Resul
 }
 
 fn configuration(folder: &Path, kms: &Emulator, port: u16) -> String {
-    let (folder, kms, metadata) = (folder.display(), kms.kms_addr(), kms.metadata_url());
+    // A JSON string is a TOML basic string.
+    let quoted = |path: &Path| serde_json::Value::from(path.display().to_string());
+    let (folder, ca_file) = (quoted(folder), quoted(&folder.join("ca.pem")));
+    let (kms, metadata) = (kms.kms_addr(), kms.metadata_url());
     format!(
         "[Server]\n\
          HttpPort = {port}\n\
@@ -138,34 +188,42 @@ fn configuration(folder: &Path, kms: &Emulator, port: u16) -> String {
          \n\
          [KMS]\n\
          Endpoint = \"{kms}\"\n\
-         CaFile = '{folder}/ca.pem'\n\
+         CaFile = {ca_file}\n\
          MetadataEndpoint = \"{metadata}\"\n\
          \n\
          [Log]\n\
-         LogPath = '{folder}'\n"
+         LogPath = {folder}\n"
     )
 }
 
 /// The agent's default port, or 0 (any free port) if another program listens on that.
-fn free_port() -> u16 {
+fn free_port() -> io::Result<u16> {
     let default = config::ServerSection::default().http_port;
-    match net::mio::listen(default) {
-        Ok(_) => default,
-        Err(error) => {
-            println!("Port {default} cannot be used ({}), so a free port is taken.", Reason(&error));
-            0
-        }
-    }
+    let Err(error) = net::mio::listen(default) else { return Ok(default) };
+    let why = match error.kind() {
+        io::ErrorKind::AddrInUse => format!("is held by {}", cli::port_holder(default)),
+        _ => format!("cannot be used ({})", Reason(&error)),
+    };
+    writeln!(io::stdout(), "Port {default} {why}, so this agent takes a free one.")?;
+    Ok(0)
+}
+
+/// A path, quoted for a shell where it has to be.
+fn shell_word(path: &Path) -> String {
+    let path = path.display().to_string();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    if path.chars().all(is_plain) { path } else { format!("'{}'", path.replace('\'', r"'\''")) }
 }
 
 fn introduce(folder: &Folder, kms: &Emulator, port: u16) -> io::Result<()> {
-    let (kms, token, config) = (kms.kms_addr(), folder.token(), folder.config());
-    let (token, config, folder) = (token.display(), config.display(), folder.0.display());
+    let (kms, config, folder, token) = (kms.kms_addr(), folder.config(), &folder.0, folder.token());
+    let (config, folder, token_word) = (config.display(), folder.display(), shell_word(&token));
+    let token = token.display();
     // Clients look for the agent on its default port.
     let variables = if port == config::ServerSection::default().http_port {
-        format!("export KMS_TOKEN=file://{token}")
+        format!("export KMS_TOKEN=file://{token_word}")
     } else {
-        format!("export KMS_TOKEN=file://{token} KMS_AGENT=http://localhost:{port}")
+        format!("export KMS_TOKEN=file://{token_word} KMS_AGENT=http://localhost:{port}")
     };
     let mut out = io::stdout().lock();
     writeln!(
@@ -179,13 +237,13 @@ fn introduce(folder: &Folder, kms: &Emulator, port: u16) -> io::Result<()> {
 
 Paste this into another terminal:
 
-  curl -i --noproxy localhost -H \"X-KMS-Token: $(cat {token})\" \\
+  curl -i --noproxy localhost -H \"X-KMS-Token: $(cat {token_word})\" \\
     'http://localhost:{port}/secretsmanager/get?secretId={SECRET}'; echo
 
 Run it twice: X-Cache says MISS first (the agent asked KMS), then HIT (the value came from memory,
 which here happens for {TTL_S} s).
 
-To run the programs in examples/clients there, first paste this:
+To run kms-agent with --config {config}, or the programs in examples/clients, there, first paste this:
 
   {variables}
 
@@ -193,7 +251,7 @@ Then type one of these here:
   set VALUE   gives the secret a new value; readers get it within {TTL_S} s, or at once with &refreshNow=true
   stop        stops KMS; after {TTL_S} s X-Cache says STALE, and the secret is still served
   start       starts KMS again; the agent notices it within 30 s
-Ctrl-C ends the quickstart and removes its files.
+Ctrl-C, or closing the terminal, ends the quickstart and removes its files.
 "
     )?;
     out.flush()
@@ -212,7 +270,8 @@ fn obey(kms: &Emulator) {
             ("", _) => continue,
             _ => "type set VALUE, stop or start; Ctrl-C ends the quickstart".to_owned(),
         };
-        println!("  {done}");
+        // The terminal may be closed; then this program is about to end.
+        let _ = writeln!(io::stdout(), "  {done}");
     }
     // The emulator is dropped when this function returns, and it must outlive the input.
     loop {
@@ -232,7 +291,7 @@ fn ask_twice(folder: &Folder, port: u16) -> Result<()> {
     let token = fs::read_to_string(folder.token())?;
     let (_, miss) = ask(port, token.trim(), "MISS")?;
     let (body, hit) = ask(port, token.trim(), "HIT")?;
-    println!("GET /secretsmanager/get?secretId={SECRET}\n{miss}\n{hit}\n\n{body}");
+    writeln!(io::stdout(), "GET /secretsmanager/get?secretId={SECRET}\n{miss}\n{hit}\n\n{body}")?;
     Ok(())
 }
 

@@ -43,6 +43,12 @@ An application asks
        'http://localhost:2025/secretsmanager/get?secretId=NAME'
 ";
 
+/// Which program listens on `port` of loopback, as far as this user may see it: `nginx (pid 4711)`. For a person.
+#[must_use]
+pub fn port_holder(port: u16) -> String {
+    listener::of(port).to_string()
+}
+
 /// Reads the arguments behind a command's name; `--config` may have come before it.
 type Parse = fn(&mut lexopt::Parser, Option<PathBuf>) -> Result<Command, Stop>;
 
