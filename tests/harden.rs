@@ -234,7 +234,9 @@ fn a_hardened_agent_rotates_its_log_follows_its_files_and_resolves_names() {
     wait_until("the log is rotated", || agent.folder.join("logs/kms-agent.log.1").exists());
     assert!(agent.stop().success());
     assert!(
-        fs::read_to_string(agent.folder.join("logs/kms-agent.log")).unwrap().ends_with("[INFO] cli: ended\n")
+        fs::read_to_string(agent.folder.join("logs/kms-agent.log"))
+            .unwrap()
+            .ends_with("[INFO] cli: the agent has ended\n")
     );
 }
 
