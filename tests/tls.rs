@@ -882,7 +882,7 @@ fn without_the_ca_file_nothing_private_is_trusted_and_sighup_reads_a_new_one() {
     // A broken file changes nothing, and says so.
     fs::write(&ca_file, "no certificate\n").unwrap();
     agent.signal(Signal::HUP);
-    agent.wait_for_log("what was trusted before stays trusted");
+    agent.wait_for_log("the certificates that were trusted before stay trusted");
     assert_eq!(agent.secret("a").verdict(), "502 UpstreamUnreachable");
     assert_eq!(emulator.counters().kms_requests, 0);
     fs::write(&ca_file, emulator.ca_pem()).unwrap();
