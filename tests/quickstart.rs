@@ -49,7 +49,7 @@ impl Running {
             let mut running = Running { child, folder, told: String::new() };
             let status = wait_for("it says how to end it, or ends", || {
                 running.told = running.written("stdout");
-                let is_up = running.told.contains("ends it and cleans up.");
+                let is_up = running.told.contains("ends the quickstart and removes its files.");
                 if is_up { Some(None) } else { running.child.try_wait().unwrap().map(Some) }
             });
             // Another quickstart, of another test perhaps, has listened there since this one has tried.
