@@ -912,10 +912,8 @@ fn those_that_have_not_failed_go_first_only_while_kms_is_down() {
     assert_eq!(closed.calls.len(), 8);
     closed.ask("/v1/a?versionId=1");
     closed.ask("/v1/fresh");
-    let last = closed.calls.pop().unwrap();
-    closed.calls.clear();
-    closed.broker.on_called(last.id, Ok(response(200, "", &value("s6", "x"))), closed.now);
-    closed.settle();
+    closed.calls.drain(..7);
+    closed.break_off();
     assert_eq!(asked_for(&mut closed), "a", "first come, first served");
 
     let mut open = rig(&["a", "b", "c"]);
@@ -977,4 +975,47 @@ fn each_try_behind_the_scenes_may_renew_the_credentials() {
         }
     }
     assert_eq!(rig.take_answers(), ["200 STALE 101 one"]);
+}
+
+#[test]
+fn a_call_goes_on_when_its_reader_leaves_after_a_failure() {
+    let mut rig = Rig::new();
+    rig.ask("/v1/db");
+    rig.error(500, "InternalFailure");
+    rig.sleep_ms(500);
+    assert_eq!(rig.calls.len(), 1);
+    rig.broker.left(ClientId(rig.next_client));
+    rig.sleep_ms(10_000);
+    rig.value("db", "one");
+    assert_eq!(rig.ask("/v1/db").unwrap(), "200 HIT 0 one");
+}
+
+#[test]
+fn a_call_for_nobody_has_fifteen_seconds() {
+    let mut rig = Rig::new();
+    rig.cached("db");
+    rig.sleep_ms(101_000);
+    rig.ask("/v1/db");
+    assert_eq!(rig.calls[0].deadline, rig.now.mono.after(Duration::from_secs(15)));
+}
+
+#[test]
+fn kms_counts_as_down_when_its_replies_are_failures() {
+    let mut rig = Rig::new();
+    for name in ["a", "b", "c"] {
+        assert!(!rig.broker.circuit.is_open());
+        rig.ask(&format!("/v1/{name}?refreshNow=1"));
+        rig.error(503, "ServiceUnavailableTemporary");
+    }
+    assert!(rig.broker.circuit.is_open());
+}
+
+#[test]
+fn a_try_renews_the_credentials_once_however_long_it_takes() {
+    let mut rig = Rig::new();
+    rig.ask("/v1/db");
+    rig.error(404, "InvalidAccessKeyId.NotFound");
+    rig.sleep_ms(1_100);
+    rig.error(404, "InvalidAccessKeyId.NotFound");
+    assert_eq!(rig.take_answers(), ["404 InvalidAccessKeyId.NotFound"]);
 }
